@@ -1,0 +1,105 @@
+"""The model's facts, read strictly once from a checkpoint and frozen.
+
+Everything after the reading takes a `ModelConfig`; nobody looks a key up in a raw config a second time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from glmexport.errors import CheckpointError
+
+
+@dataclass(frozen=True)
+class SpecialIds:
+    """Token ids with a meaning of their own, in the checkpoint's numbering."""
+
+    mask: int
+    gmask: int
+    bos: int
+    eos: int
+    pad: int
+
+
+@dataclass(frozen=True)
+class TokenizerFacts:
+    """What the tokenizer files say about ids, as far as there are any.
+
+    num_image_tokens: the key of that name in `tokenizer_config.json`, None where the file or the key is absent.
+    piece_ids: SentencePiece id of every special piece found in the SentencePiece model, empty without one. These do not
+    include the image-token offset.
+    """
+
+    num_image_tokens: int | None
+    piece_ids: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Sizes and ids of one model; every count is a number of elements, never of bytes."""
+
+    architecture: str
+    vocab_size: int
+    hidden_size: int
+    num_blocks: int
+    num_heads: int
+    inner_size: int
+    max_positions: int
+    layernorm_epsilon: float
+    num_image_tokens: int
+    special_ids: SpecialIds
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one attention head."""
+        return self.hidden_size // self.num_heads
+
+
+class RawConfig:
+    """Typed, one-time access to the keys of a parsed `config.json`; all complaints are collected and raised together."""
+
+    def __init__(self, raw: Mapping[str, Any], origin: str) -> None:
+        self._raw = raw
+        self._origin = origin
+        self._complaints: list[str] = []
+
+    def integer(self, key: str, default: int | None = None, minimum: int = 1) -> int:
+        """The whole number under `key`; a missing key without a default, or a value under `minimum`, is a complaint."""
+        value = self._raw.get(key)
+        if value is None and default is not None:
+            return default
+        if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+            self._complain(key, f"a whole number of at least {minimum}")
+            return minimum
+        return value
+
+    def positive_float(self, key: str) -> float:
+        """The positive number under `key`."""
+        value = self._raw.get(key)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
+            self._complain(key, "a positive number")
+            return 1.0
+        return float(value)
+
+    def require(self, key: str, expected: object) -> None:
+        """Complain unless the value under `key` is exactly `expected`."""
+        if self._raw.get(key) != expected:
+            self._complain(key, repr(expected))
+
+    def demand(self, holds: bool, complaint: str) -> None:
+        """Add a complaint about a combination of values unless it holds."""
+        if not holds:
+            self._complaints.append(complaint)
+
+    def finish(self) -> None:
+        """Raise CheckpointError naming every complaint, if there was any."""
+        if self._complaints:
+            raise CheckpointError(
+                f"{self._origin} does not describe a supported model: " + "; ".join(self._complaints) + "."
+            )
+
+    def _complain(self, key: str, expected: str) -> None:
+        found = f"{self._raw[key]!r}" if key in self._raw else "no such key"
+        self._complaints.append(f"`{key}` must be {expected}, found {found}")

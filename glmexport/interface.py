@@ -1,0 +1,80 @@
+"""The fixed interface of the graphs: names, dtypes and shapes of their inputs and outputs.
+
+A number in a shape is fixed by the model; a word names a dynamic axis.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from glmexport import names
+from glmexport.config import ModelConfig
+from glmexport.errors import GlmExportError
+
+ARGMAX_MODES = ("none", "also", "only")
+"""What the LM head gives: logits; logits and `token_id`; `token_id` alone."""
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One graph input or output; dtype is numpy's name for it."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+    @property
+    def dynamic_axes(self) -> dict[int, str]:
+        """Axis number -> name of every dynamic axis."""
+        return {axis: size for axis, size in enumerate(self.shape) if isinstance(size, str)}
+
+
+@dataclass(frozen=True)
+class GraphSpec:
+    """The signature of one kind of graph."""
+
+    kind: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+
+
+def embedding_spec(config: ModelConfig) -> GraphSpec:
+    """`input_ids` [batch, seq] -> `inputs_embeds` [seq, batch, hidden]."""
+    return GraphSpec(
+        names.KIND_EMBEDDING,
+        (TensorSpec(names.INPUT_IDS, "int64", (names.BATCH, names.SEQ)),),
+        (TensorSpec(names.INPUTS_EMBEDS, "float32", (names.SEQ, names.BATCH, config.hidden_size)),),
+    )
+
+
+def block_spec(config: ModelConfig) -> GraphSpec:
+    """Hidden states, mask (True hides), positions and KV cache in; hidden states and grown KV cache out."""
+    hidden = (names.SEQ, names.BATCH, config.hidden_size)
+    heads = (names.BATCH, config.num_heads, config.head_dim)
+    return GraphSpec(
+        names.KIND_BLOCK,
+        (
+            TensorSpec(names.INPUTS_EMBEDS, "float32", hidden),
+            TensorSpec(names.ATTENTION_MASK, "bool", (names.BATCH, 1, names.SEQ, names.TOTAL)),
+            TensorSpec(names.POSITION_IDS, "int64", (names.BATCH, 2, names.SEQ)),
+            TensorSpec(names.PAST, "float32", (2, names.PAST_LENGTH, *heads)),
+        ),
+        (
+            TensorSpec(names.HIDDEN_STATES, "float32", hidden),
+            TensorSpec(names.PRESENTS, "float32", (2, names.TOTAL, *heads)),
+        ),
+    )
+
+
+def head_spec(config: ModelConfig, argmax: str = "none") -> GraphSpec:
+    """`hidden_states` [seq, batch, hidden] -> `logits` [batch, vocab] of the last position, `token_id` [batch], or both.
+
+    Raises GlmExportError for an unknown `argmax`.
+    """
+    logits = TensorSpec(names.LOGITS, "float32", (names.BATCH, config.vocab_size))
+    token = TensorSpec(names.TOKEN_ID, "int64", (names.BATCH,))
+    outputs = {"none": (logits,), "also": (logits, token), "only": (token,)}
+    if argmax not in outputs:
+        raise GlmExportError(f"argmax must be one of {', '.join(ARGMAX_MODES)}, found {argmax!r}.")
+    hidden = TensorSpec(names.HIDDEN_STATES, "float32", (names.SEQ, names.BATCH, config.hidden_size))
+    return GraphSpec(names.KIND_HEAD, (hidden,), outputs[argmax])

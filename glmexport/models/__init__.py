@@ -1,0 +1,1 @@
+"""PyTorch references: plain, faithful to the original code, without export tricks."""

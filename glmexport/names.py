@@ -1,0 +1,60 @@
+"""Every name that other programs rely on: graphs, files, inputs, outputs and dynamic axes."""
+
+from __future__ import annotations
+
+import re
+
+MANIFEST = "manifest.json"
+
+# graphs
+EMBEDDING = "embedding"
+HEAD = "lm"
+BLOCK_PREFIX = "glm_block_"
+
+# kinds of graph: all graphs of a kind share one traced skeleton
+KIND_EMBEDDING = "embedding"
+KIND_BLOCK = "block"
+KIND_HEAD = "lm_head"
+
+# inputs and outputs
+INPUT_IDS = "input_ids"
+INPUTS_EMBEDS = "inputs_embeds"
+ATTENTION_MASK = "attention_mask"
+POSITION_IDS = "position_ids"
+PAST = "past_key_values"
+HIDDEN_STATES = "hidden_states"
+PRESENTS = "presents"
+LOGITS = "logits"
+TOKEN_ID = "token_id"
+
+# dynamic axes
+BATCH = "batch"
+SEQ = "seq"
+PAST_LENGTH = "past"
+TOTAL = "total"
+
+
+def block_name(block_id: int) -> str:
+    """Graph name of one block: `glm_block_<i>`."""
+    return f"{BLOCK_PREFIX}{block_id}"
+
+
+def graph_names(num_blocks: int) -> tuple[str, ...]:
+    """Names of all graphs in the order in which data flows through them."""
+    return (EMBEDDING, *(block_name(i) for i in range(num_blocks)), HEAD)
+
+
+def graph_file(graph: str) -> str:
+    """File name of a graph: `<graph>.onnx`."""
+    return f"{graph}.onnx"
+
+
+def data_file(graph: str) -> str:
+    """File name of a graph's external data: `<graph>.onnx.data`."""
+    return f"{graph}.onnx.data"
+
+
+def block_id_of(graph: str) -> int | None:
+    """The block id in a graph's name, None where it is no block."""
+    match = re.fullmatch(rf"{BLOCK_PREFIX}(\d+)", graph)
+    return int(match.group(1)) if match else None

@@ -1,0 +1,1 @@
+"""The supported architectures, one file each."""

@@ -1,0 +1,26 @@
+"""Linear layers whose stored weight is what the graph multiplies with."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+
+class MatMulLinear(nn.Module):
+    """`x @ weight + bias` with weight [in, out], where `nn.Linear` keeps [out, in].
+
+    A graph over the [out, in] form needs a Transpose of every matrix, which onnxruntime computes at load: a block then
+    takes seconds to open and twice its size in memory, where the [in, out] form is mapped from its file as it is.
+    """
+
+    stored_transposed = ("weight",)
+    """Parameters that are the transpose of the checkpoint's tensor of the same name."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(linear.weight.detach().t(), requires_grad=False)
+        self.bias = linear.bias
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        """[…, in] -> […, out]."""
+        return states @ self.weight + self.bias
