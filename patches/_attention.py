@@ -35,7 +35,7 @@ class MatMulAttention(nn.Module):
     def __init__(self, layer_id: int, head_dim: int) -> None:
         super().__init__()
         self.head_dim = head_dim
-        self.register_buffer("layer_scale", torch.tensor(float(layer_id + 1), device="cpu"), persistent=False)
+        self.register_buffer("layer_scale", torch.tensor([float(layer_id + 1)], device="cpu"), persistent=False)
 
     def forward(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: torch.Tensor

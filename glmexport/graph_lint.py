@@ -1,0 +1,148 @@
+"""Rules that every graph of a bundle keeps, checked on the file as it lies on disk."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import onnx
+from onnx import TensorProto
+
+from glmexport.interface import GraphSpec, TensorSpec
+from glmexport.onnx_files import ALIGNMENT, external_tensors, load_graph
+
+OPSETS = range(14, 25)
+"""The opsets that can be asked for."""
+
+CONTROL_FLOW = ("If", "Loop", "Scan")
+MAX_INLINE_ELEMENTS = 16
+"""Larger tensors are weights, and weights are external; shapes, axes and scalars are smaller."""
+
+
+def operator_inventory(model: onnx.ModelProto) -> dict[str, int]:
+    """Operator -> number of nodes, by name; operators outside the standard domain carry theirs (`com.microsoft.X`)."""
+    counts = Counter(f"{node.domain}.{node.op_type}" if node.domain else node.op_type for node in model.graph.node)
+    return dict(sorted(counts.items()))
+
+
+def lint_graph(path: Path, spec: GraphSpec, opset: int) -> list[str]:
+    """Complaints about the graph at `path`, each a sentence that names it; empty when it keeps every rule.
+
+    spec: the signature it must have. opset: what the manifest says. Raises BundleError for what cannot be parsed.
+    """
+    model = load_graph(path)
+    complaints = [
+        *_operators(model),
+        *_versions(model, opset),
+        *_signature(model, spec),
+        *_initializers(model, path),
+        *_baked_lengths(model, spec),
+        *_checker(path),
+    ]
+    return [f"{path.name}: {complaint}" for complaint in complaints]
+
+
+def _operators(model: onnx.ModelProto) -> Iterator[str]:
+    for node in model.graph.node:
+        if node.op_type in CONTROL_FLOW:
+            yield f"holds the control-flow operator {node.op_type}, expected straight-line operators only."
+
+
+def _versions(model: onnx.ModelProto, opset: int) -> Iterator[str]:
+    versions = {entry.domain: entry.version for entry in model.opset_import}
+    found = versions.get("", versions.get("ai.onnx"))
+    if found != opset:
+        yield f"has opset {found}, expected {opset}."
+    elif found not in OPSETS:
+        yield f"has opset {found}, expected {OPSETS.start} to {OPSETS.stop - 1}."
+    else:
+        fitting = onnx.helper.find_min_ir_version_for(list(model.opset_import))
+        if model.ir_version != fitting:
+            yield f"has IR version {model.ir_version}, expected {fitting}, which is what opset {opset} came with."
+
+
+def _signature(model: onnx.ModelProto, spec: GraphSpec) -> Iterator[str]:
+    for what, found, expected in (
+        ("inputs", model.graph.input, spec.inputs),
+        ("outputs", model.graph.output, spec.outputs),
+    ):
+        signature = tuple(_tensor_spec(value) for value in found)
+        if signature != expected:
+            yield f"has the {what} {_words(signature)}, expected {_words(expected)}."
+
+
+def _initializers(model: onnx.ModelProto, path: Path) -> Iterator[str]:
+    tensors = [*model.graph.initializer, *_constants(model)]
+    for name, count in Counter(tensor.name for tensor in model.graph.initializer).items():
+        if count > 1:
+            yield f"holds {count} initializers named {name}."
+    inline = [tensor for tensor in tensors if tensor.data_location != TensorProto.EXTERNAL]
+    same: dict[tuple[int, tuple[int, ...], bytes], str] = {}
+    for tensor in inline:
+        value = onnx.numpy_helper.to_array(tensor)
+        if value.size > MAX_INLINE_ELEMENTS:
+            yield f"keeps {tensor.name} {list(value.shape)} inside the graph file, expected external data."
+        twin = same.setdefault((tensor.data_type, value.shape, value.tobytes()), tensor.name)
+        if twin != tensor.name:
+            yield f"holds the same constant twice, as {twin} and {tensor.name}."
+    end = 0
+    for external in sorted(external_tensors(model, path.name), key=lambda tensor: tensor.offset):
+        file = path.with_name(external.location)
+        if external.location != f"{path.name}.data" or file.is_symlink():
+            yield f"{external.name} points to {external.location!r}, expected the file {path.name}.data beside the graph."
+            continue
+        size = file.stat().st_size if file.is_file() else 0
+        if external.offset + external.length > size:
+            yield f"{external.name} ends at byte {external.offset + external.length} of {size} in {external.location}."
+        if external.offset % ALIGNMENT or external.offset < end:
+            yield f"{external.name} starts at byte {external.offset}, expected a multiple of {ALIGNMENT} after {end}."
+        end = external.offset + external.length
+
+
+def _baked_lengths(model: onnx.ModelProto, spec: GraphSpec) -> Iterator[str]:
+    """Infer the output shapes anew from the inputs alone: a length baked anywhere surfaces as a number there."""
+    bare = onnx.ModelProto()
+    bare.CopyFrom(model)
+    del bare.graph.value_info[:]
+    for output in bare.graph.output:
+        output.type.tensor_type.ClearField("shape")
+    try:
+        inferred = onnx.shape_inference.infer_shapes(bare, strict_mode=True, data_prop=True)
+    except onnx.shape_inference.InferenceError as error:
+        yield f"fails shape inference: {str(error).splitlines()[0]}"
+        return
+    for value, expected in zip(inferred.graph.output, spec.outputs, strict=False):
+        dims = value.type.tensor_type.shape.dim
+        for axis, name in expected.dynamic_axes.items():
+            if axis < len(dims) and dims[axis].HasField("dim_value"):
+                yield f"output {value.name} always has {dims[axis].dim_value} on axis {axis}, expected dynamic {name!r}."
+
+
+def _checker(path: Path) -> Iterator[str]:
+    try:
+        onnx.checker.check_model(str(path), full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        yield f"fails onnx.checker: {str(error).splitlines()[0]}"
+
+
+def _constants(model: onnx.ModelProto) -> Iterator[TensorProto]:
+    for node in model.graph.node:
+        if node.op_type == "Constant":
+            for attribute in node.attribute:
+                if attribute.name == "value":
+                    tensor = TensorProto()
+                    tensor.CopyFrom(attribute.t)
+                    tensor.name = node.output[0]
+                    yield tensor
+
+
+def _tensor_spec(value: onnx.ValueInfoProto) -> TensorSpec:
+    tensor = value.type.tensor_type
+    dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type).name if tensor.elem_type else "undefined"
+    shape = tuple(dim.dim_value if dim.HasField("dim_value") else dim.dim_param for dim in tensor.shape.dim)
+    return TensorSpec(value.name, dtype, shape)
+
+
+def _words(specs: tuple[TensorSpec, ...]) -> str:
+    return ", ".join(f"{spec.name} {spec.dtype} {list(spec.shape)}" for spec in specs) or "none"

@@ -1,0 +1,162 @@
+"""ONNX files with external data: write weights beside a graph, read them back, and stamp them into a skeleton."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+from onnx import TensorProto
+
+from glmexport.errors import BundleError
+
+ALIGNMENT = 4096
+"""Every tensor starts at a multiple of this many bytes, a page, so that runtimes can map it."""
+
+Array = npt.NDArray[Any]
+
+
+class ByteSink(Protocol):
+    """What external data is written to."""
+
+    def write(self, data: memoryview) -> None: ...
+
+
+@dataclass(frozen=True)
+class ExternalTensor:
+    """Where one initializer lies: a file name beside the graph, the offset and length in bytes, element type and shape."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    location: str
+    offset: int
+    length: int
+
+
+class ExternalDataWriter:
+    """Writes tensors one after the other, each at an aligned offset, each byte once."""
+
+    def __init__(self, sink: ByteSink, location: str) -> None:
+        self._sink = sink
+        self._location = location
+        self._position = 0
+        self.tensors: list[ExternalTensor] = []
+
+    def add(self, name: str, dtype: str, shape: tuple[int, ...], slices: Iterable[Array]) -> None:
+        """Append a tensor given as consecutive contiguous slices of its row-major little-endian bytes.
+
+        Raises BundleError where the slices do not add up to `shape`.
+        """
+        padding = -self._position % ALIGNMENT
+        if padding:
+            self._write(bytes(padding))
+        offset = self._position
+        for part in slices:
+            self._write(memoryview(np.ascontiguousarray(part)).cast("B"))
+        length, expected = self._position - offset, int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
+        if length != expected:
+            raise BundleError(f"{name}: {length} bytes of weights were produced, {expected} expected for {list(shape)}.")
+        self.tensors.append(ExternalTensor(name, dtype, shape, self._location, offset, length))
+
+    def _write(self, data: bytes | memoryview) -> None:
+        self._sink.write(memoryview(data))
+        self._position += len(data)
+
+
+def aligned_size(lengths: Iterable[int]) -> int:
+    """Bytes of an external data file that holds tensors of these lengths in this order."""
+    position = 0
+    for length in lengths:
+        position += -position % ALIGNMENT + length
+    return position
+
+
+def external_initializer(tensor: ExternalTensor) -> TensorProto:
+    """The initializer that points to `tensor`."""
+    proto = TensorProto(name=tensor.name, dims=tensor.shape, data_location=TensorProto.EXTERNAL)
+    proto.data_type = onnx.helper.np_dtype_to_tensor_dtype(np.dtype(tensor.dtype))
+    entries = {"location": tensor.location, "offset": tensor.offset, "length": tensor.length}
+    for key, value in entries.items():
+        proto.external_data.add(key=key, value=str(value))
+    return proto
+
+
+def stamp(
+    skeleton: onnx.ModelProto,
+    graph_name: str,
+    renames: Mapping[str, str],
+    external: Iterable[ExternalTensor],
+    inline: Mapping[str, Array],
+) -> onnx.ModelProto:
+    """A copy of `skeleton` with its weight slots renamed and filled.
+
+    renames: slot name -> initializer name, for every slot. external: tensors already written, by initializer name.
+    inline: small values that are kept in the graph file itself, by initializer name.
+    """
+    model = onnx.ModelProto()
+    model.CopyFrom(skeleton)
+    model.graph.name = graph_name
+    for node in model.graph.node:
+        for i, name in enumerate(node.input):
+            if name in renames:
+                node.input[i] = renames[name]
+    model.graph.initializer.extend(external_initializer(tensor) for tensor in external)
+    model.graph.initializer.extend(onnx.numpy_helper.from_array(value, name) for name, value in inline.items())
+    return model
+
+
+def load_graph(path: Path) -> onnx.ModelProto:
+    """The graph at `path` without its external data. Raises BundleError where it is not an ONNX model."""
+    try:
+        model = onnx.load(path, load_external_data=False)
+    except OSError as error:
+        raise BundleError(f"{path} could not be read ({error.strerror}); copy or split the bundle again.") from error
+    except Exception as error:  # protobuf raises one of several errors of its own, depending on its implementation
+        raise BundleError(f"{path.name} is not a readable ONNX model; the file is damaged, split again.") from error
+    if not model.HasField("graph"):
+        raise BundleError(f"{path.name} holds no ONNX graph; the file is damaged, split again.")
+    return model
+
+
+def external_tensors(model: onnx.ModelProto, where: str) -> list[ExternalTensor]:
+    """Every external initializer of `model`. Raises BundleError (naming `where`) for entries that are not numbers."""
+    found = []
+    for proto in model.graph.initializer:
+        if proto.data_location != TensorProto.EXTERNAL:
+            continue
+        entries = {entry.key: entry.value for entry in proto.external_data}
+        offset, length = entries.get("offset", "0"), entries.get("length", "")
+        if not (offset.isdecimal() and length.isdecimal()):
+            raise BundleError(
+                f"{where}: the external data of {proto.name} has offset {offset!r} and length {length!r}, "
+                f"expected whole numbers; the graph was not written by glmexport, or is damaged."
+            )
+        dtype = onnx.helper.tensor_dtype_to_np_dtype(proto.data_type).name
+        location = entries.get("location", "")
+        found.append(ExternalTensor(proto.name, dtype, tuple(proto.dims), location, int(offset), int(length)))
+    return found
+
+
+def read_band(directory: Path, tensor: ExternalTensor, start: int, stop: int) -> Array:
+    """Rows `start` to `stop` (exclusive, along the first axis) of an external tensor, in memory of their own.
+
+    Read by offset, not mapped: touched pages of a mapped file count as memory of the process. Raises BundleError where the
+    file is shorter than the tensor says.
+    """
+    dtype = np.dtype(tensor.dtype)
+    row = int(np.prod(tensor.shape[1:], dtype=np.int64)) * dtype.itemsize
+    band = np.empty((stop - start, *tensor.shape[1:]), dtype)
+    view, got = memoryview(band).cast("B") if band.nbytes else memoryview(b""), 0
+    with (directory / tensor.location).open("rb", buffering=0) as file:
+        file.seek(tensor.offset + start * row)
+        while got < band.nbytes:
+            count = file.readinto(view[got:])
+            if not count:
+                raise BundleError(f"{tensor.location} ends inside {tensor.name}; copy or split the bundle again.")
+            got += count
+    return band

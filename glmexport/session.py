@@ -1,0 +1,108 @@
+"""onnxruntime over a bundle: embedding, blocks and LM head, opened when needed, closed when memory asks for it."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Mapping
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from glmexport import names
+from glmexport.bundle import Bundle
+from glmexport.errors import BundleError
+
+if TYPE_CHECKING:
+    import onnxruntime
+
+Array = npt.NDArray[Any]
+
+
+class Session:
+    """Runs the graphs of one bundle on the CPU; least recently used graphs are closed above `resident_bytes`.
+
+    resident_bytes: weights to keep open, None for all of them. The graph that runs is always open, whatever its size.
+    threads: of each graph, None for onnxruntime's choice.
+    """
+
+    def __init__(self, bundle: Bundle, *, resident_bytes: int | None = None, threads: int | None = None) -> None:
+        self._bundle = bundle
+        self._resident_bytes = resident_bytes
+        self._threads = threads
+        self._open: OrderedDict[str, onnxruntime.InferenceSession] = OrderedDict()
+        self._graphs = {graph["name"]: graph for graph in bundle.graphs}
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._open.clear()
+
+    def embed(self, input_ids: Array) -> Array:
+        """input_ids int64 [batch, seq] -> float32 [seq, batch, hidden]."""
+        return self._run(names.EMBEDDING, {names.INPUT_IDS: input_ids})[names.INPUTS_EMBEDS]
+
+    def block(
+        self, block_id: int, hidden: Array, attention_mask: Array, position_ids: Array, past: Array
+    ) -> tuple[Array, Array]:
+        """(hidden_states [seq, batch, hidden], presents [2, total, batch, heads, head_dim]); see `interface.block_spec`."""
+        feeds = {
+            names.INPUTS_EMBEDS: hidden,
+            names.ATTENTION_MASK: attention_mask,
+            names.POSITION_IDS: position_ids,
+            names.PAST: past,
+        }
+        outputs = self._run(names.block_name(block_id), feeds)
+        return outputs[names.HIDDEN_STATES], outputs[names.PRESENTS]
+
+    def head(self, hidden: Array) -> dict[str, Array]:
+        """hidden [seq, batch, hidden] -> what the head gives: `logits` [batch, vocab], `token_id` [batch], or both."""
+        return self._run(names.HEAD, {names.HIDDEN_STATES: hidden})
+
+    def empty_past(self, batch: int) -> Array:
+        """A KV cache of length 0: float32 [2, 0, batch, heads, head_dim]."""
+        config = self._bundle.config
+        return np.zeros((2, 0, batch, config.num_heads, config.head_dim), np.float32)
+
+    def _run(self, graph: str, feeds: Mapping[str, Array]) -> dict[str, Array]:
+        session = self._opened(graph)
+        outputs = [output["name"] for output in self._graphs[graph]["outputs"]]
+        try:
+            values = session.run(outputs, dict(feeds))
+        except Exception as error:  # onnxruntime's own errors share no public base class
+            raise BundleError(f"{names.graph_file(graph)} failed to run: {str(error).splitlines()[0]}") from error
+        return dict(zip(outputs, values, strict=True))
+
+    def _opened(self, graph: str) -> onnxruntime.InferenceSession:
+        if graph in self._open:
+            self._open.move_to_end(graph)
+            return self._open[graph]
+        self._make_room(self._weight_bytes(graph))
+        self._open[graph] = self._load(graph)
+        return self._open[graph]
+
+    def _load(self, graph: str) -> onnxruntime.InferenceSession:
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        # packed copies of the matrices double a graph's memory and take a hundred times as long as mapping its file
+        options.add_session_config_entry("session.disable_prepacking", "1")
+        if self._threads is not None:
+            options.intra_op_num_threads = self._threads
+        path = self._bundle.path(self._graphs[graph]["file"])
+        try:
+            return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # see _run
+            raise BundleError(f"{path.name} could not be loaded: {str(error).splitlines()[0]}") from error
+
+    def _make_room(self, needed: int) -> None:
+        if self._resident_bytes is None:
+            return
+        while self._open and sum(map(self._weight_bytes, self._open)) + needed > self._resident_bytes:
+            self._open.popitem(last=False)
+
+    def _weight_bytes(self, graph: str) -> int:
+        return self._bundle.files[self._graphs[graph]["data"]].bytes

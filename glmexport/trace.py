@@ -1,0 +1,216 @@
+"""Trace one skeleton per kind of graph: the ONNX graph of a module, without its weights.
+
+Nothing of the weights' size is ever allocated, whatever the model's size: parameters are meta tensors for the
+torch.export-based exporter and zero-stride tensors for the TorchScript one, and they become graph inputs before the graph
+is simplified, so that no optimizer can fold, copy or rename them.
+"""
+
+from __future__ import annotations
+
+import copy
+import io
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import onnx
+import torch
+from torch import nn
+
+from glmexport import __version__, export_ops
+from glmexport.errors import ExportError
+from glmexport.graph_lint import OPSETS
+from glmexport.interface import GraphSpec, TensorSpec
+
+DEFAULT_OPSET = 18
+"""The lowest opset that torch's maintained exporter writes: LayerNormalization is one node, onnxruntime fuses all it
+needs, and MNN's converter was seen to take it; every later opset only narrows the set of runtimes that read the file."""
+
+FIRST_DYNAMO_OPSET = 18
+"""Asked for less, torch's torch.export-based exporter silently gives 18; below it the TorchScript exporter is used."""
+
+TRACED_LENGTHS = {"batch": 2, "seq": 3, "past": 4, "total": 7}
+"""Sizes of the dynamic axes while tracing: distinct, so that no two axes are taken for one, and unlike any model size."""
+
+
+@dataclass(frozen=True)
+class Skeleton:
+    """A simplified graph whose weights are named but absent.
+
+    model: its nodes read the slots, which it neither declares as inputs nor as initializers.
+    slots: names of parameters and buffers, as in the traced module.
+    """
+
+    model: onnx.ModelProto
+    slots: tuple[str, ...]
+
+
+def trace(module: nn.Module, spec: GraphSpec, opset: int = DEFAULT_OPSET) -> Skeleton:
+    """The skeleton of `module` with the signature `spec` at `opset`.
+
+    Raises ExportError for an opset out of range, and where the exporter or simplifier does not give what was asked for.
+    """
+    if opset not in OPSETS:
+        raise ExportError(f"Opset {opset} cannot be exported, expected {OPSETS.start} to {OPSETS.stop - 1}.")
+    slots = tuple(name for name, _ in (*module.named_parameters(), *module.named_buffers()))
+    with _quiet():
+        exported = (_trace_dynamo if opset >= FIRST_DYNAMO_OPSET else _trace_torchscript)(module, spec, opset)
+        return Skeleton(_tidy(exported, spec, slots, opset), slots)
+
+
+def _trace_dynamo(module: nn.Module, spec: GraphSpec, opset: int) -> onnx.ModelProto:
+    import onnx_ir
+    import onnxscript.optimizer
+
+    program = torch.onnx.export(
+        copy.deepcopy(module).to("meta"),
+        tuple(_example(tensor, "meta") for tensor in spec.inputs),
+        dynamo=True,
+        optimize=False,  # the optimizer runs below, once the weights are inputs
+        verbose=False,
+        opset_version=opset,
+        input_names=[tensor.name for tensor in spec.inputs],
+        output_names=[tensor.name for tensor in spec.outputs],
+        dynamic_shapes=tuple(tensor.dynamic_axes for tensor in spec.inputs),
+        custom_translation_table=export_ops.dynamo_translations(),
+    )
+    if program is None:
+        raise ExportError("torch.onnx.export gave no program; report this together with the torch version.")
+    model = program.model
+    for name in list(model.graph.initializers):
+        value = model.graph.initializers.pop(name)
+        value.const_value = None
+        model.graph.inputs.append(value)
+    onnxscript.optimizer.optimize(model)
+    return onnx_ir.to_proto(model)
+
+
+def _trace_torchscript(module: nn.Module, spec: GraphSpec, opset: int) -> onnx.ModelProto:
+    export_ops.register_torchscript_translations(opset)
+    file = io.BytesIO()
+    torch.onnx.export(
+        _weightless(copy.deepcopy(module).to("meta")),
+        tuple(_example(tensor, "cpu") for tensor in spec.inputs),
+        file,
+        dynamo=False,
+        opset_version=opset,
+        export_params=False,
+        keep_initializers_as_inputs=True,
+        do_constant_folding=False,
+        input_names=[tensor.name for tensor in spec.inputs],
+        output_names=[tensor.name for tensor in spec.outputs],
+        dynamic_axes={tensor.name: tensor.dynamic_axes for tensor in (*spec.inputs, *spec.outputs)},
+    )
+    return onnx.load_from_string(file.getvalue())
+
+
+def _weightless(module: nn.Module) -> nn.Module:
+    """Replace every parameter and buffer by a tensor of the same shape whose strides are all zero: one element of memory."""
+    for child in module.modules():
+        for tensors in (child._parameters, child._buffers):  # the only way that keeps names and registration order
+            for name, tensor in tensors.items():
+                if tensor is not None:
+                    spread = torch.zeros((), dtype=tensor.dtype).expand(tensor.shape)
+                    is_parameter = isinstance(tensor, nn.Parameter)
+                    tensors[name] = nn.Parameter(spread, requires_grad=False) if is_parameter else spread
+    return module
+
+
+def _tidy(exported: onnx.ModelProto, spec: GraphSpec, slots: tuple[str, ...], opset: int) -> onnx.ModelProto:
+    """Simplify, then leave nothing in the file that differs from run to run or from machine to machine."""
+    import onnxsim
+
+    simplified, valid = onnxsim.simplify(exported)
+    if not valid:
+        raise ExportError(f"onnxsim changed what the {spec.kind} graph computes; report this with the versions installed.")
+    graph = simplified.graph
+    found = tuple(value.name for value in graph.input)
+    expected = {*(tensor.name for tensor in spec.inputs), *slots}
+    if set(found) != expected:
+        raise ExportError(
+            f"The exported {spec.kind} graph reads {sorted(set(found) ^ expected)} differently from the traced module; "
+            f"every input and weight must be read by its own name."
+        )
+    _constants_to_initializers(graph)
+    tidy = onnx.helper.make_graph(
+        nodes=graph.node,
+        name=spec.kind,
+        inputs=[_value_info(tensor) for tensor in spec.inputs],
+        outputs=[_value_info(tensor) for tensor in spec.outputs],
+        initializer=graph.initializer,
+    )
+    for index, node in enumerate(tidy.node):
+        node.name = f"{node.op_type}_{index}"
+        node.ClearField("doc_string")
+        node.ClearField("metadata_props")  # source paths of the machine that exported
+    imports = [onnx.helper.make_opsetid(entry.domain, entry.version) for entry in simplified.opset_import]
+    versions = {entry.domain: entry.version for entry in imports}
+    if versions.get("") != opset:
+        raise ExportError(f"The exporter gave opset {versions.get('')} when asked for {opset}; choose another opset.")
+    used = {node.domain for node in tidy.node} | {""}
+    model = onnx.helper.make_model(
+        tidy,
+        opset_imports=[entry for entry in imports if entry.domain in used],
+        producer_name="glmexport",
+        producer_version=__version__,
+    )
+    model.ir_version = onnx.helper.find_min_ir_version_for(list(model.opset_import))
+    return model
+
+
+def _constants_to_initializers(graph: onnx.GraphProto) -> None:
+    """Turn Constant nodes into initializers, and equal constants into one."""
+    nodes = []
+    for node in graph.node:
+        value = next((attribute.t for attribute in node.attribute if attribute.name == "value"), None)
+        if node.op_type == "Constant" and value is not None:
+            value.name = node.output[0]
+            graph.initializer.append(value)
+        else:
+            nodes.append(node)
+    kept: dict[tuple[int, tuple[int, ...], bytes], onnx.TensorProto] = {}
+    renames: dict[str, str] = {}
+    for tensor in graph.initializer:
+        tensor.ClearField("doc_string")
+        array = onnx.numpy_helper.to_array(tensor)
+        twin = kept.setdefault((tensor.data_type, array.shape, array.tobytes()), tensor)
+        renames[tensor.name] = twin.name
+    for node in nodes:
+        for i, name in enumerate(node.input):
+            node.input[i] = renames.get(name, name)
+    constants = list(kept.values())
+    del graph.node[:], graph.initializer[:]
+    graph.node.extend(nodes)
+    graph.initializer.extend(constants)
+
+
+def _example(tensor: TensorSpec, device: str) -> torch.Tensor:
+    shape = [TRACED_LENGTHS[size] if isinstance(size, str) else size for size in tensor.shape]
+    return torch.zeros(shape, dtype=getattr(torch, tensor.dtype), device=device)
+
+
+def _value_info(tensor: TensorSpec) -> onnx.ValueInfoProto:
+    import numpy as np
+
+    dtype = onnx.helper.np_dtype_to_tensor_dtype(np.dtype(tensor.dtype))
+    return onnx.helper.make_tensor_value_info(tensor.name, dtype, tensor.shape)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the exporters' deprecation and progress notices off the terminal; errors are raised, not logged."""
+    loggers: list[tuple[logging.Logger, Any]] = [
+        (logger, logger.level) for logger in map(logging.getLogger, ("torch.onnx", "torch.export", "onnxscript"))
+    ]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for logger, _ in loggers:
+            logger.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            for logger, level in loggers:
+                logger.setLevel(level)

@@ -1,0 +1,61 @@
+"""What a verification found, for people and for programs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Row:
+    """One comparison. Errors are over all steps of the case; None where a row compares no numbers."""
+
+    graph: str
+    case: str
+    passed: bool
+    max_abs_error: float | None = None
+    relative_error: float | None = None
+    detail: str = ""
+
+
+@dataclass
+class Report:
+    """Every row in the order in which it was found; `greedy` counts tokens equal to the reference's, of all."""
+
+    bundle: str
+    form: str
+    rows: list[Row] = field(default_factory=list)
+    greedy: tuple[int, int] = (0, 0)
+
+    @property
+    def passed(self) -> bool:
+        """Whether every row passed, and there was one."""
+        return bool(self.rows) and all(row.passed for row in self.rows)
+
+    @property
+    def failures(self) -> Sequence[Row]:
+        """The rows that did not pass."""
+        return [row for row in self.rows if not row.passed]
+
+    @property
+    def worst(self) -> float:
+        """Largest absolute error of all rows; NaN if any error is."""
+        errors = [row.max_abs_error for row in self.rows if row.max_abs_error is not None]
+        return float("nan") if any(error != error for error in errors) else max(errors, default=0.0)
+
+    def as_json(self) -> dict[str, Any]:
+        """The report as plain JSON values; errors that are no finite number are given as strings."""
+        rows = [
+            {key: str(value) if isinstance(value, float) and abs(value) in (float("inf"),) or value != value else value
+             for key, value in asdict(row).items()}
+            for row in self.rows
+        ]
+        return {
+            "bundle": self.bundle,
+            "form": self.form,
+            "passed": self.passed,
+            "greedy_equal": self.greedy[0],
+            "greedy_total": self.greedy[1],
+            "rows": rows,
+        }
