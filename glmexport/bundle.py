@@ -70,7 +70,7 @@ def looks_like_bundle(directory: Path) -> bool:
 
 
 def open_bundle(directory: Path) -> Bundle:
-    """Read and check the manifest. Raises BundleError where it is absent, damaged, or names files outside the bundle."""
+    """Read and check the manifest. Raises BundleError where it is absent, damaged, or names files outside."""
     path = directory / names.MANIFEST
     if not directory.is_dir() or not path.is_file():
         raise BundleError(f"{directory} is not a bundle (no {names.MANIFEST}); make one with `glmexport split`.")
@@ -86,7 +86,9 @@ def open_bundle(directory: Path) -> Bundle:
         model = dict(manifest["model"])
         config = ModelConfig(**{**model, "special_ids": SpecialIds(**model["special_ids"])})
         graphs = tuple(manifest["graphs"])
-        files = {name: FileRecord(int(entry["bytes"]), str(entry["sha256"])) for name, entry in manifest["files"].items()}
+        files = {
+            name: FileRecord(int(entry["bytes"]), str(entry["sha256"])) for name, entry in manifest["files"].items()
+        }
         graph_files = [name for graph in graphs for name in (graph["file"], graph["data"])]
         _ = (int(manifest["opset"]), str(manifest["argmax"]), [graph["name"] for graph in graphs])
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -139,8 +141,8 @@ def sha256_of(path: Path) -> str:
 class BundleWriter:
     """Builds a bundle in a hidden directory beside `output`; `commit` makes it appear complete, or it never does.
 
-    Use it as a context manager: leaving it without `commit`, for whatever reason, removes what was written. A run killed
-    outright leaves `.<name>.partial`, which has no manifest and is cleared by the next run.
+    Use it as a context manager: leaving it without `commit`, for whatever reason, removes what was written. A run
+    killed outright leaves `.<name>.partial`, which is cleared by the next run.
     """
 
     def __init__(self, output: Path, *, force: bool = False) -> None:
@@ -159,12 +161,16 @@ class BundleWriter:
                 fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
                 os.close(self._lock)
-                raise BundleError(f"Another run is writing to {self.output}; wait for it or choose another output.") from error
+                raise BundleError(
+                    f"Another run is writing to {self.output}; wait for it or choose another output."
+                ) from error
             for stale in self._partial.iterdir():
                 stale.unlink()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self._partial.exists():
             shutil.rmtree(self._partial, ignore_errors=True)
         if self._lock is not None:
@@ -216,7 +222,7 @@ class BundleWriter:
 
 
 def check_output(output: Path, *, force: bool) -> None:
-    """Raise BundleError unless a bundle may be put at `output`: nothing there, or with `force` a bundle or empty folder."""
+    """Raise BundleError unless a bundle may be put there: nothing exists, or with `force` a bundle or empty folder."""
     if output.is_symlink() or (output.exists() and not output.is_dir()):
         raise BundleError(f"{output} exists and is not a directory; choose another output.")
     if not output.exists():
@@ -224,7 +230,9 @@ def check_output(output: Path, *, force: bool) -> None:
     if not force:
         raise BundleError(f"{output} exists already; choose another output, or --force to replace a bundle.")
     if not looks_like_bundle(output) and any(output.iterdir()):
-        raise BundleError(f"{output} is neither empty nor a bundle, so --force does not replace it; choose another output.")
+        raise BundleError(
+            f"{output} is neither empty nor a bundle, so --force does not replace it; choose another output."
+        )
     if looks_like_bundle(output):
         open_bundle(output)
 

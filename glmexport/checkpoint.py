@@ -18,7 +18,9 @@ from glmexport.config import ModelConfig, TokenizerFacts
 from glmexport.errors import CheckpointError
 from glmexport.hub import fetch_checkpoint, is_hub_id
 from glmexport.patch import ModelPatch, all_patches
-from glmexport.weights import WEIGHT_FILES, TensorInfo, Weights, quoted, read_index, read_json, read_small_file
+from glmexport.untrusted import quoted, read_json, read_small_file
+from glmexport.weight_files import TensorInfo
+from glmexport.weights import WEIGHT_FILES, Weights, read_index
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
 TOKENIZER_MODEL = "ice_text.model"

@@ -58,7 +58,7 @@ class ModelConfig:
 
 
 class RawConfig:
-    """Typed, one-time access to the keys of a parsed `config.json`; all complaints are collected and raised together."""
+    """Typed, one-time access to the keys of a parsed `config.json`; all complaints are raised together."""
 
     def __init__(self, raw: Mapping[str, Any], origin: str) -> None:
         self._raw = raw
@@ -101,5 +101,5 @@ class RawConfig:
             )
 
     def _complain(self, key: str, expected: str) -> None:
-        found = f"{self._raw[key]!r}" if key in self._raw else "no such key"
+        found = f"{self._raw[key]!r:.80}" if key in self._raw else "no such key"
         self._complaints.append(f"`{key}` must be {expected}, found {found}")

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -40,8 +41,8 @@ def narrow(config: ModelConfig) -> ModelConfig:
 def check_patch(patch: ModelPatch, config: ModelConfig) -> float:
     """Largest absolute difference between the patched and the unpatched model, over prefill and decode.
 
-    Runs a narrow, seeded model of the same kind through both: lengths 2 to 9, left-padded batch, infilling, last positions,
-    two decode steps. Raises ExportError where the difference is above `TOLERANCE` or not a number.
+    Runs a narrow, seeded model of the same kind through both: lengths 2 to 9, left-padded batch, infilling, last
+    positions, two decode steps. Raises ExportError where the difference is above `TOLERANCE` or not a number.
     """
     small = narrow(config)
     unpatched = _seeded(patch.build_reference(small))
@@ -50,8 +51,8 @@ def check_patch(patch: ModelPatch, config: ModelConfig) -> float:
         worst = max(_differences(patch, small, unpatched, patched))
     if not worst <= TOLERANCE:
         raise ExportError(
-            f"The patched {patch.name} differs from the unpatched one by {worst:.2e}, at most {TOLERANCE:.0e} is allowed; "
-            f"nothing was exported: one of the transforms {', '.join(t.name for t in patch.transforms)} is wrong."
+            f"The patched {patch.name} differs from the unpatched one by {worst:.2e}, at most {TOLERANCE:.0e} is "
+            f"allowed; nothing was exported: one of the transforms {', '.join(t.name for t in patch.transforms)} is wrong."
         )
     return worst
 
@@ -63,9 +64,7 @@ def _seeded(model: nn.Module) -> nn.Module:
     return model.float()
 
 
-def _differences(
-    patch: ModelPatch, config: ModelConfig, unpatched: nn.Module, patched: nn.Module
-) -> Iterator[float]:
+def _differences(patch: ModelPatch, config: ModelConfig, unpatched: nn.Module, patched: nn.Module) -> Iterator[float]:
     ids = config.special_ids
     prompts = (
         [[ids.gmask, ids.bos]],
@@ -76,14 +75,13 @@ def _differences(
     for rows in prompts:
         prompt = prepare_prompt(rows, ids)
         steps = [(prompt.input_ids, prompt.attention_mask, prompt.position_ids)]
-        for generated in range(2):
-            steps.append((prompt.input_ids[:, -1:], *prompt.decode_step(generated)))
+        steps.extend((prompt.input_ids[:, -1:], *prompt.decode_step(generated)) for generated in range(2))
         offsets = (0, max(config.max_positions - 1 - int(prompt.position_ids[:, 0].max()), 0))
         for offset in offsets:
             pasts = [torch.zeros(2, 0, len(rows), *heads)] * config.num_blocks
             for input_ids, mask, positions in steps:
                 tokens, hides = torch.from_numpy(input_ids), torch.from_numpy(mask)
-                places = torch.from_numpy(positions + [[[offset], [0]]])
+                places = torch.from_numpy(positions + np.array([[offset], [0]]))
                 hidden = unpatched.get_submodule(patch.embedding)(tokens).transpose(0, 1)
                 yield _apart(EmbeddingGraph(patched.get_submodule(patch.embedding))(tokens), hidden)
                 for block_id in range(config.num_blocks):

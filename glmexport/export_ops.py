@@ -1,8 +1,9 @@
-"""Two torch operations whose ONNX form copies the leading axes instead of computing them from a traced shape.
+"""Torch operations whose best ONNX form neither of torch's exporters finds by itself.
 
 `x.view(seq, batch, heads, head_dim)` is exported as Shape, Gather, Concat and Reshape, or worse with the traced lengths
-baked in. ONNX's Reshape has an entry 0 for "copy this axis from the input", which torch cannot express. As custom
-operations the two head reshapes translate to exactly that, in both of torch's exporters.
+baked in; ONNX's Reshape has an entry 0 for "copy this axis from the input", which torch cannot express. A linear layer
+without bias over a matrix becomes Transpose and MatMul in one exporter, where Gemm reads the weight as it is stored. As
+custom operations they translate to exactly that, in both exporters.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ NAMESPACE = "glmexport"
 @torch.library.custom_op(f"{NAMESPACE}::split_heads", mutates_args=())
 def split_heads(states: torch.Tensor, heads: int) -> torch.Tensor:
     """[seq, batch, heads * width] -> [seq, batch, heads, width], any dtype; `width` follows from the input."""
-    return states.unflatten(-1, (heads, -1)).clone()
+    return torch.unflatten(states, -1, (heads, -1)).clone()
 
 
 @split_heads.register_fake
@@ -36,6 +37,17 @@ def _(states: torch.Tensor) -> torch.Tensor:
     return states.new_empty((*states.shape[:-2], states.shape[-2] * states.shape[-1]))
 
 
+@torch.library.custom_op(f"{NAMESPACE}::linear_rows", mutates_args=())
+def linear_rows(states: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """States [rows, in], weight [out, in], of one dtype -> [rows, out]."""
+    return states @ weight.t()
+
+
+@linear_rows.register_fake
+def _(states: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return states.new_empty((states.shape[0], weight.shape[0]))
+
+
 def dynamo_translations() -> dict[Any, Any]:
     """The table that `torch.onnx.export(dynamo=True, custom_translation_table=…)` takes.
 
@@ -43,29 +55,41 @@ def dynamo_translations() -> dict[Any, Any]:
     """
     from onnxscript import opset18 as op
 
-    def onnx_split_heads(states, heads: int):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202 - onnxscript's own typing
-        return op.Reshape(states, op.Constant(value_ints=[0, 0, heads, -1]))
+    def onnx_split_heads(states, heads: int):  # type: ignore[no-untyped-def]  # onnxscript's own typing
+        return op.Reshape(states, op.Constant(value_ints=[0, 0, heads, -1]))  # type: ignore[arg-type]  # as above
 
-    def onnx_merge_heads(states):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202 - onnxscript's own typing
-        return op.Reshape(states, op.Constant(value_ints=[0, 0, -1]))
+    def onnx_merge_heads(states):  # type: ignore[no-untyped-def]  # onnxscript's own typing
+        return op.Reshape(states, op.Constant(value_ints=[0, 0, -1]))  # type: ignore[arg-type]  # as above
+
+    def onnx_linear_rows(states, weight):  # type: ignore[no-untyped-def]  # onnxscript's own typing
+        return op.Gemm(states, weight, transB=1)
 
     return {
         torch.ops.glmexport.split_heads.default: onnx_split_heads,
         torch.ops.glmexport.merge_heads.default: onnx_merge_heads,
+        torch.ops.glmexport.linear_rows.default: onnx_linear_rows,
     }
 
 
 def register_torchscript_translations(opset: int) -> None:
-    """Teach torch's TorchScript exporter the two operations for one opset; registering twice is harmless."""
+    """Teach torch's TorchScript exporter the operations for one opset; registering twice is harmless."""
+    from torch.onnx.symbolic_helper import parse_args
+
+    register = torch.onnx.register_custom_op_symbolic  # type: ignore[attr-defined]  # public, but not in __all__
 
     def reshape(g: Any, states: Any, shape: list[int]) -> Any:
         return g.op("Reshape", states, g.op("Constant", value_t=torch.tensor(shape)))
 
-    def onnx_split_heads(g: Any, states: Any, heads: Any) -> Any:
-        return reshape(g, states, [0, 0, heads.node()["value"] if not isinstance(heads, int) else heads, -1])
+    @parse_args("v", "i")
+    def onnx_split_heads(g: Any, states: Any, heads: int) -> Any:
+        return reshape(g, states, [0, 0, heads, -1])
 
     def onnx_merge_heads(g: Any, states: Any) -> Any:
         return reshape(g, states, [0, 0, -1])
 
-    torch.onnx.register_custom_op_symbolic(f"{NAMESPACE}::split_heads", onnx_split_heads, opset)
-    torch.onnx.register_custom_op_symbolic(f"{NAMESPACE}::merge_heads", onnx_merge_heads, opset)
+    def onnx_linear_rows(g: Any, states: Any, weight: Any) -> Any:
+        return g.op("Gemm", states, weight, transB_i=1)
+
+    register(f"{NAMESPACE}::split_heads", onnx_split_heads, opset)
+    register(f"{NAMESPACE}::linear_rows", onnx_linear_rows, opset)
+    register(f"{NAMESPACE}::merge_heads", onnx_merge_heads, opset)

@@ -90,7 +90,7 @@ def _initializers(model: onnx.ModelProto, path: Path) -> Iterator[str]:
     for external in sorted(external_tensors(model, path.name), key=lambda tensor: tensor.offset):
         file = path.with_name(external.location)
         if external.location != f"{path.name}.data" or file.is_symlink():
-            yield f"{external.name} points to {external.location!r}, expected the file {path.name}.data beside the graph."
+            yield f"{external.name} points to {external.location!r}, expected {path.name}.data beside the graph."
             continue
         size = file.stat().st_size if file.is_file() else 0
         if external.offset + external.length > size:
@@ -116,7 +116,7 @@ def _baked_lengths(model: onnx.ModelProto, spec: GraphSpec) -> Iterator[str]:
         dims = value.type.tensor_type.shape.dim
         for axis, name in expected.dynamic_axes.items():
             if axis < len(dims) and dims[axis].HasField("dim_value"):
-                yield f"output {value.name} always has {dims[axis].dim_value} on axis {axis}, expected dynamic {name!r}."
+                yield f"output {value.name} always has {dims[axis].dim_value} on axis {axis}, expected {name!r}."
 
 
 def _checker(path: Path) -> Iterator[str]:

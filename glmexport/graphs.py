@@ -67,7 +67,7 @@ class LmHeadGraph(nn.Module):
 class GraphPart:
     """One graph to be made: its name, signature, module, and where the module's submodules stand in the checkpoint.
 
-    prefixes: attribute of the module -> path in the checkpoint, so that `block.mlp.…` becomes `transformer.layers.3.mlp.…`.
+    prefixes: attribute of the module -> path in the checkpoint: `block.mlp.…` becomes `transformer.layers.3.mlp.…`.
     """
 
     name: str

@@ -67,7 +67,7 @@ def block_spec(config: ModelConfig) -> GraphSpec:
 
 
 def head_spec(config: ModelConfig, argmax: str = "none") -> GraphSpec:
-    """`hidden_states` [seq, batch, hidden] -> `logits` [batch, vocab] of the last position, `token_id` [batch], or both.
+    """`hidden_states` [seq, batch, hidden] -> `logits` [batch, vocab] of the last position and/or `token_id` [batch].
 
     Raises GlmExportError for an unknown `argmax`.
     """

@@ -28,7 +28,7 @@ class ByteSink(Protocol):
 
 @dataclass(frozen=True)
 class ExternalTensor:
-    """Where one initializer lies: a file name beside the graph, the offset and length in bytes, element type and shape."""
+    """Where one initializer lies: a file name beside the graph, offset and length in bytes, numpy dtype, shape."""
 
     name: str
     dtype: str
@@ -57,10 +57,12 @@ class ExternalDataWriter:
             self._write(bytes(padding))
         offset = self._position
         for part in slices:
-            self._write(memoryview(np.ascontiguousarray(part)).cast("B"))
+            self._write(np.ascontiguousarray(part).data.cast("B"))
         length, expected = self._position - offset, int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
         if length != expected:
-            raise BundleError(f"{name}: {length} bytes of weights were produced, {expected} expected for {list(shape)}.")
+            raise BundleError(
+                f"{name}: {length} bytes of weights were produced, {expected} expected for {list(shape)}."
+            )
         self.tensors.append(ExternalTensor(name, dtype, shape, self._location, offset, length))
 
     def _write(self, data: bytes | memoryview) -> None:
@@ -145,13 +147,13 @@ def external_tensors(model: onnx.ModelProto, where: str) -> list[ExternalTensor]
 def read_band(directory: Path, tensor: ExternalTensor, start: int, stop: int) -> Array:
     """Rows `start` to `stop` (exclusive, along the first axis) of an external tensor, in memory of their own.
 
-    Read by offset, not mapped: touched pages of a mapped file count as memory of the process. Raises BundleError where the
-    file is shorter than the tensor says.
+    Read by offset, not mapped: touched pages of a mapped file count as memory of the process. Raises BundleError where
+    the file is shorter than the tensor says.
     """
     dtype = np.dtype(tensor.dtype)
     row = int(np.prod(tensor.shape[1:], dtype=np.int64)) * dtype.itemsize
     band = np.empty((stop - start, *tensor.shape[1:]), dtype)
-    view, got = memoryview(band).cast("B") if band.nbytes else memoryview(b""), 0
+    view, got = band.data.cast("B") if band.nbytes else memoryview(b""), 0
     with (directory / tensor.location).open("rb", buffering=0) as file:
         file.seek(tensor.offset + start * row)
         while got < band.nbytes:

@@ -20,7 +20,7 @@ BlockFunction = Callable[
 
 @dataclass(frozen=True)
 class Transform:
-    """One named change `nn.Module -> nn.Module` that makes a model export-friendly without changing what it computes."""
+    """One named change `nn.Module -> nn.Module` that makes a model export-friendly and computes the same."""
 
     name: str
     summary: str
@@ -35,8 +35,8 @@ class ModelPatch:
     read_config: raw `config.json` and tokenizer facts -> ModelConfig; raises CheckpointError.
     build_reference: ModelConfig -> the unpatched reference on torch's current default device (`meta` included), in eval
         mode, whose `state_dict()` names are the checkpoint's tensor names.
-    run_reference_block: (unpatched block, block_id, hidden [seq, batch, hidden], attention_mask bool [batch, 1, seq, total]
-        where True hides, position_ids int64 [batch, 2, seq], past [2, past, batch, heads, head_dim]) ->
+    run_reference_block: (unpatched block, block_id, hidden [seq, batch, hidden], attention_mask bool
+        [batch, 1, seq, total] where True hides, position_ids int64 [batch, 2, seq], past [2, past, batch, heads, head_dim]) ->
         (hidden [seq, batch, hidden], presents [2, total, batch, heads, head_dim]).
     transforms: applied in this order.
     embedding, block, final_norm, head: paths of these submodules in the reference; `block` holds `{block_id}`.

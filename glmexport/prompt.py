@@ -1,7 +1,7 @@
 """Attention masks and two-dimensional positions of a prompt and of the tokens after it, in numpy.
 
-The rules are those of the original modeling code, v1.1.0: a prompt sees all of itself (prefix attention), what follows is
-causal; the first position row counts through the context and then stays at the mask token, the second counts from the
+The rules are those of the original modeling code, v1.1.0: a prompt sees all of itself (prefix attention), what follows
+is causal; the first position row counts through the context and then stays at the mask token, the second counts from the
 first generated place on.
 """
 
@@ -36,7 +36,7 @@ class Prompt:
     pad_lengths: IntArray
 
     def decode_step(self, generated: int) -> tuple[BoolArray, IntArray]:
-        """Mask [batch, 1, 1, total] and positions [batch, 2, 1] for feeding generated token number `generated` (from 0).
+        """Mask [batch, 1, 1, total] and positions [batch, 2, 1] for feeding generated token `generated` (from 0).
 
         The token sees everything before it but the padding.
         """

@@ -15,7 +15,7 @@ from glmexport.bundle import Bundle
 from glmexport.errors import BundleError
 
 if TYPE_CHECKING:
-    import onnxruntime
+    import onnxruntime  # type: ignore[import-untyped]
 
 Array = npt.NDArray[Any]
 
@@ -37,7 +37,9 @@ class Session:
     def __enter__(self) -> Session:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._open.clear()
 
     def embed(self, input_ids: Array) -> Array:
@@ -47,7 +49,7 @@ class Session:
     def block(
         self, block_id: int, hidden: Array, attention_mask: Array, position_ids: Array, past: Array
     ) -> tuple[Array, Array]:
-        """(hidden_states [seq, batch, hidden], presents [2, total, batch, heads, head_dim]); see `interface.block_spec`."""
+        """(hidden_states [seq, batch, hidden], presents [2, total, batch, heads, head_dim]), as in `block_spec`."""
         feeds = {
             names.INPUTS_EMBEDS: hidden,
             names.ATTENTION_MASK: attention_mask,
@@ -58,7 +60,7 @@ class Session:
         return outputs[names.HIDDEN_STATES], outputs[names.PRESENTS]
 
     def head(self, hidden: Array) -> dict[str, Array]:
-        """hidden [seq, batch, hidden] -> what the head gives: `logits` [batch, vocab], `token_id` [batch], or both."""
+        """Hidden states [seq, batch, hidden] -> `logits` [batch, vocab] and/or `token_id` [batch]."""
         return self._run(names.HEAD, {names.HIDDEN_STATES: hidden})
 
     def empty_past(self, batch: int) -> Array:

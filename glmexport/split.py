@@ -1,4 +1,4 @@
-"""Checkpoint -> bundle: trace one skeleton per kind of graph, then stamp the weights in, one matrix in memory at a time."""
+"""Checkpoint -> bundle: trace one skeleton per kind of graph, then stamp the weights in, one matrix at a time."""
 
 from __future__ import annotations
 
@@ -108,8 +108,8 @@ def split(
     """Write the bundle of `checkpoint` to `output` and return its path.
 
     notice: takes sentences for the user. advance: takes (graph, bytes written) as weights are written.
-    Raises BundleError where the output may not be written or the disk is too small (before starting), CheckpointError for
-    weights that cannot be read, ExportError where a graph is not what it must be. On any error nothing is left behind.
+    Raises BundleError where the output may not be written or the disk is too small (before starting), CheckpointError
+    for weights that cannot be read, ExportError where a graph is not what it must be. On any error nothing is left behind.
     """
     options = options or SplitOptions()
     check_output(output, force=force)
@@ -122,7 +122,8 @@ def split(
     parts = _parts(checkpoint, options)
     with BundleWriter(output, force=force) as writer:
         skeletons: dict[str, Skeleton] = {}
-        entries, digests = [], {}
+        entries: list[dict[str, Any]] = []
+        digests: dict[str, str] = {}
         for part in parts:
             if part.spec.kind not in skeletons:
                 skeletons[part.spec.kind] = trace(part.module, part.spec, options.opset)
@@ -193,7 +194,7 @@ class _Stamper:
                 self._notice(f"{name} holds NaN or infinite values; they are exported as they are.")
             array = part.numpy()
             if compare:
-                digest.update(memoryview(array).cast("B"))
+                digest.update(array.data.cast("B"))
             yield array
             self._advance(self._part.name, array.nbytes)
         if compare:
@@ -203,7 +204,7 @@ class _Stamper:
 def _float32_slices(checkpoint: Checkpoint, name: str, transposed: bool) -> Iterator[torch.Tensor]:
     """Contiguous float32 slices of a tensor, or of its transpose, in row-major order.
 
-    A transposed matrix is read whole in its stored dtype, then cast and turned in bands; anything else is read band by band.
+    A transposed matrix is read whole in its stored dtype, then cast and turned in bands; the rest is read in bands.
     """
     info = checkpoint.info(name)
     if transposed:
@@ -251,7 +252,9 @@ def _signature(spec: GraphSpec) -> dict[str, Any]:
     }
 
 
-def _manifest(checkpoint: Checkpoint, options: SplitOptions, graphs: list[dict[str, Any]], tied: bool) -> dict[str, Any]:
+def _manifest(
+    checkpoint: Checkpoint, options: SplitOptions, graphs: list[dict[str, Any]], tied: bool
+) -> dict[str, Any]:
     dtypes = sorted({checkpoint.weights.info(name).dtype for name in checkpoint.weights.names()})
     return {
         "schema": SCHEMA,

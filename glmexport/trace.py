@@ -1,8 +1,8 @@
 """Trace one skeleton per kind of graph: the ONNX graph of a module, without its weights.
 
 Nothing of the weights' size is ever allocated, whatever the model's size: parameters are meta tensors for the
-torch.export-based exporter and zero-stride tensors for the TorchScript one, and they become graph inputs before the graph
-is simplified, so that no optimizer can fold, copy or rename them.
+torch.export-based exporter and zero-stride tensors for the TorchScript one, and they become graph inputs before the
+graph is simplified, so that no optimizer can fold, copy or rename them.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from glmexport.interface import GraphSpec, TensorSpec
 
 DEFAULT_OPSET = 18
 """The lowest opset that torch's maintained exporter writes: LayerNormalization is one node, onnxruntime fuses all it
-needs, and MNN's converter was seen to take it; every later opset only narrows the set of runtimes that read the file."""
+needs, and MNN's converter takes it; a later opset only narrows the set of runtimes that read the file."""
 
 FIRST_DYNAMO_OPSET = 18
 """Asked for less, torch's torch.export-based exporter silently gives 18; below it the TorchScript exporter is used."""
 
 TRACED_LENGTHS = {"batch": 2, "seq": 3, "past": 4, "total": 7}
-"""Sizes of the dynamic axes while tracing: distinct, so that no two axes are taken for one, and unlike any model size."""
+"""Sizes of the dynamic axes while tracing: distinct, so that no two axes are taken for one."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def _trace_torchscript(module: nn.Module, spec: GraphSpec, opset: int) -> onnx.M
     torch.onnx.export(
         _weightless(copy.deepcopy(module).to("meta")),
         tuple(_example(tensor, "cpu") for tensor in spec.inputs),
-        file,
+        file,  # type: ignore[arg-type]  # a file object is documented for this exporter
         dynamo=False,
         opset_version=opset,
         export_params=False,
@@ -108,9 +108,11 @@ def _trace_torchscript(module: nn.Module, spec: GraphSpec, opset: int) -> onnx.M
 
 
 def _weightless(module: nn.Module) -> nn.Module:
-    """Replace every parameter and buffer by a tensor of the same shape whose strides are all zero: one element of memory."""
+    """Replace every parameter and buffer by a tensor of the same shape with zero strides: one element of memory."""
     for child in module.modules():
-        for tensors in (child._parameters, child._buffers):  # the only way that keeps names and registration order
+        child._non_persistent_buffers_set.clear()  # buffers outside the state dict would be traced as constants
+        held: tuple[dict[str, Any], ...] = (child._parameters, child._buffers)  # keeps names and registration order
+        for tensors in held:
             for name, tensor in tensors.items():
                 if tensor is not None:
                     spread = torch.zeros((), dtype=tensor.dtype).expand(tensor.shape)
@@ -121,11 +123,13 @@ def _weightless(module: nn.Module) -> nn.Module:
 
 def _tidy(exported: onnx.ModelProto, spec: GraphSpec, slots: tuple[str, ...], opset: int) -> onnx.ModelProto:
     """Simplify, then leave nothing in the file that differs from run to run or from machine to machine."""
-    import onnxsim
+    import onnxsim  # type: ignore[import-untyped]
 
     simplified, valid = onnxsim.simplify(exported)
     if not valid:
-        raise ExportError(f"onnxsim changed what the {spec.kind} graph computes; report this with the versions installed.")
+        raise ExportError(
+            f"onnxsim changed what the {spec.kind} graph computes; report this with the versions installed."
+        )
     graph = simplified.graph
     found = tuple(value.name for value in graph.input)
     expected = {*(tensor.name for tensor in spec.inputs), *slots}

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from glmexport.export_ops import merge_heads, split_heads
+from glmexport.models.chatglm_6b import SelfAttention
 
 
 class SplitHeads(nn.Module):
@@ -18,7 +19,7 @@ class SplitHeads(nn.Module):
         self.heads, self.head_dim = heads, head_dim
 
     def forward(self, mixed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        query, key, value = split_heads(mixed, self.heads).split(self.head_dim, dim=-1)
+        query, key, value = torch.split(split_heads(mixed, self.heads), self.head_dim, dim=-1)
         return query, key, value
 
 
@@ -40,8 +41,10 @@ class MatMulAttention(nn.Module):
     def forward(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: torch.Tensor
     ) -> torch.Tensor:
-        """query [seq, batch, heads, head_dim]; key, value [total, batch, heads, head_dim]; mask bool
-        [batch, 1, seq, total], True hides. Returns [seq, batch, heads * head_dim].
+        """The context [seq, batch, heads * head_dim].
+
+        query: [seq, batch, heads, head_dim]; key, value: [total, batch, heads, head_dim]; attention_mask: bool
+        [batch, 1, seq, total], True hides.
         """
         scale = self.layer_scale.to(query.dtype)
         query = query / (scale * math.sqrt(self.head_dim))
@@ -49,19 +52,20 @@ class MatMulAttention(nn.Module):
         scores = scores.masked_fill(attention_mask, -10000.0).float() * self.layer_scale
         weights = scores.softmax(dim=-1).to(value.dtype)
         context = weights @ value.permute(1, 2, 0, 3)  # [batch, heads, seq, head_dim]
-        return merge_heads(context.permute(2, 0, 1, 3))
+        merged: torch.Tensor = merge_heads(context.permute(2, 0, 1, 3))
+        return merged
 
 
 class TensorCacheAttention(nn.Module):
     """Wraps a self-attention so that its KV cache is one tensor [2, length, batch, heads, head_dim], keys first."""
 
-    def __init__(self, attention: nn.Module) -> None:
+    def __init__(self, attention: SelfAttention) -> None:
         super().__init__()
-        self.query_key_value = attention.query_key_value
-        self.dense = attention.dense
-        self.split_heads = attention.split_heads
-        self.rotary_emb = attention.rotary_emb
-        self.core_attention = attention.core_attention
+        self.query_key_value: nn.Module = attention.query_key_value
+        self.dense: nn.Module = attention.dense
+        self.split_heads: nn.Module = attention.split_heads
+        self.rotary_emb: nn.Module = attention.rotary_emb
+        self.core_attention: nn.Module = attention.core_attention
 
     def forward(
         self,

@@ -5,6 +5,24 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from glmexport.export_ops import linear_rows
+
+
+class GemmLinear(nn.Module):
+    """A linear layer without bias over a matrix [rows, in], whose graph reads the weight [out, in] as it is stored."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        """Raises ValueError for a layer with a bias."""
+        super().__init__()
+        if linear.bias is not None:
+            raise ValueError("GemmLinear takes a linear layer without bias")
+        self.weight: nn.Parameter = linear.weight
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        """[rows, in] -> [rows, out]."""
+        product: torch.Tensor = linear_rows(states, self.weight)
+        return product
+
 
 class MatMulLinear(nn.Module):
     """`x @ weight + bias` with weight [in, out], where `nn.Linear` keeps [out, in].

@@ -33,5 +33,5 @@ class AngleRotary2D(nn.Module):
         return self._turn(query, cos, sin), self._turn(key, cos, sin)
 
     def _turn(self, states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        a, b, c, d = states.split(self.quarter, dim=-1)
+        a, b, c, d = torch.split(states, self.quarter, dim=-1)
         return states * cos + torch.cat((-b, a, -d, c), dim=-1) * sin

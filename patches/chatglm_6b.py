@@ -15,7 +15,7 @@ from glmexport.models import chatglm_6b as reference
 from glmexport.patch import ModelPatch, Transform
 
 from ._attention import MatMulAttention, SplitHeads, TensorCacheAttention
-from ._linear import MatMulLinear
+from ._linear import GemmLinear, MatMulLinear
 from ._modules import replace_modules
 from ._rope import AngleRotary2D
 
@@ -38,7 +38,7 @@ def read_config(raw: Mapping[str, Any], tokenizer: TokenizerFacts) -> ModelConfi
     num_heads = keys.integer("num_attention_heads")
     bos, eos = keys.integer("bos_token_id", minimum=0), keys.integer("eos_token_id", minimum=0)
     image_tokens = _image_tokens(raw, bos, tokenizer)
-    # the first revision's config has only bos and eos; the pieces stand in the order [MASK] [gMASK] [sMASK] <unused_0> <sop>
+    # the first revision's config has only bos and eos; the pieces' order is [MASK] [gMASK] [sMASK] <unused_0> <sop>
     ids = SpecialIds(
         mask=keys.integer("mask_token_id", _piece_id(tokenizer, "[MASK]", image_tokens, bos - 4), minimum=0),
         gmask=keys.integer("gmask_token_id", _piece_id(tokenizer, "[gMASK]", image_tokens, bos - 3), minimum=0),
@@ -111,13 +111,19 @@ def tensor_cache(model: nn.Module) -> nn.Module:
 
 
 def matmul_linear(model: nn.Module) -> nn.Module:
-    """The blocks' linear layers multiply with weights stored [in, out].
-
-    The LM head keeps [vocab, hidden]: Gemm reads it as it is, and slimming the vocabulary then drops whole rows.
-    """
+    """The blocks' linear layers multiply with weights stored [in, out]."""
     for module in model.modules():
         if isinstance(module, reference.GLMBlock):
             replace_modules(module, nn.Linear, MatMulLinear)
+    return model
+
+
+def gemm_head(model: nn.Module) -> nn.Module:
+    """The LM head keeps its weight [vocab, hidden]: slimming the vocabulary then drops whole rows."""
+    head = model.get_submodule("lm_head")
+    if not isinstance(head, nn.Linear):
+        raise TypeError(f"lm_head must be a Linear, found {type(head).__name__}")
+    model.lm_head = GemmLinear(head)
     return model
 
 
@@ -130,11 +136,16 @@ CHATGLM_6B = ModelPatch(
     run_reference_block=reference.run_reference_block,
     transforms=(
         Transform("split-heads", "head views with traced lengths -> Reshape that copies leading axes", split_heads),
-        Transform("rotary-by-angle", "rotary table cut at position_ids.max() -> cos, sin of the positions", rotary_by_angle),
-        Transform("matmul-attention", "views, squeezes and a data-dependent mask -> two batched MatMul", matmul_attention),
+        Transform(
+            "rotary-by-angle", "rotary table cut at position_ids.max() -> cos, sin of the positions", rotary_by_angle
+        ),
+        Transform(
+            "matmul-attention", "views, squeezes and a data-dependent mask -> two batched MatMul", matmul_attention
+        ),
         # keeps the modules that the transforms above put in place, so it comes after them
         Transform("tensor-cache", "tuple KV -> past_key_values [2, past, batch, heads, head_dim]", tensor_cache),
         Transform("matmul-linear", "Transpose of every weight at load -> weights stored as [in, out]", matmul_linear),
+        Transform("gemm-head", "Transpose of the LM head at load -> Gemm on [vocab, hidden]", gemm_head),
     ),
     embedding="transformer.word_embeddings",
     block="transformer.layers.{block_id}",

@@ -1,11 +1,13 @@
 """Tiny seeded checkpoints in every format that a user can have, built in code.
 
-`write_checkpoint` writes a directory; `make_tensors` gives the tensors it writes, for comparison.
+`write_checkpoint` writes a directory and `make_tensors` gives the tensors it writes, for comparison;
+`fill_hub_cache` lets the hub library find a checkpoint offline.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,6 +19,8 @@ from safetensors.torch import save_file
 GOLDEN = Path(__file__).resolve().parent.parent / "examples" / "chatglm-6b-tiny"
 FORMATS = ("bin", "bin-sharded", "safetensors", "safetensors-sharded")
 GOLDEN_PIECES = 1500  # text pieces before [MASK] in the golden SentencePiece model
+HUB_REPO = "zai-org/chatglm-6b"
+HUB_COMMIT = "0123456789abcdef0123456789abcdef01234567"
 GOLDEN_ROWS = 1856  # what that model needs, with the padding of the golden checkpoint
 
 
@@ -175,6 +179,25 @@ def write_weights(directory: Path, tensors: Mapping[str, torch.Tensor], fmt: str
     total = sum(tensor.nbytes for tensor in tensors.values())
     index = {"metadata": {"total_size": total}, "weight_map": {name: weight_map[name] for name in tensors}}
     (directory / f"{stem}{suffix}.index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
+
+
+def fill_hub_cache(cache: Path, source: Path, commit: str = HUB_COMMIT, ref: str = "main") -> Path:
+    """Move a checkpoint into the layout in which the hub library caches HUB_REPO; returns its snapshot directory.
+
+    Code files are put beside it, as in the real repository; running one ends the process.
+    """
+    for name in ("modeling_chatglm.py", "tokenization_chatglm.py"):
+        (source / name).write_text("raise SystemExit('remote code was run')", encoding="utf-8")
+    folder = cache / f"models--{HUB_REPO.replace('/', '--')}"
+    snapshot = folder / "snapshots" / commit
+    for path in (folder / "blobs", folder / "refs", snapshot):
+        path.mkdir(parents=True, exist_ok=True)
+    (folder / "refs" / ref).write_text(commit, encoding="utf-8")
+    for number, path in enumerate(sorted(source.iterdir())):
+        blob = folder / "blobs" / f"{commit[:8]}{number:032x}"
+        path.rename(blob)
+        (snapshot / path.name).symlink_to(os.path.relpath(blob, snapshot))
+    return snapshot
 
 
 def _save(tensors: dict[str, torch.Tensor], path: Path) -> None:

@@ -24,7 +24,8 @@ from torch import nn
 
 from glmexport import weights as weights_module
 from glmexport.errors import CheckpointError
-from glmexport.weights import Weights, read_index, read_json
+from glmexport.untrusted import read_json
+from glmexport.weights import Weights, read_index
 
 FUZZ = settings(
     max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
@@ -309,6 +310,23 @@ def test_torchscript_big_endian_compressed_and_foreign_archives(tmp_path):
     with zipfile.ZipFile(path, "a") as archive:
         archive.writestr("pytorch_model/constants.pkl", b"")
     assert "TorchScript" in refusal(tmp_path)
+
+
+def test_a_view_beyond_its_shortened_record(tmp_path):
+    path = save_bin(tmp_path, {"last_rows": torch.zeros(6, 10)[4:]})
+    rewrite_zip(path, lambda name, data: data[:-40] if name.endswith("/data/0") else data)
+    assert "'last_rows' reaches beyond its data" in refusal(tmp_path)
+
+
+def test_a_record_whose_own_header_disagrees_with_the_directory(tmp_path):
+    path = save_bin(tmp_path, {"a": torch.zeros(100)})
+    with zipfile.ZipFile(path) as archive:
+        header = next(entry.header_offset for entry in archive.infolist() if entry.filename.endswith("/data/0"))
+    original = path.read_bytes()
+    path.write_bytes(original[:header] + b"XX" + original[header + 2 :])
+    assert "is not where the archive's directory says" in refusal(tmp_path)
+    path.write_bytes(original[: header + 28] + b"\xff\xff" + original[header + 30 :])  # the length of its extra field
+    assert "is not where the archive's directory says" in refusal(tmp_path)
 
 
 class Payload:

@@ -30,9 +30,7 @@ class Case:
     def inputs(self, step: int) -> tuple[BoolArray, IntArray]:
         """Mask and positions of step 0 (prefill) or of decode step `step` (from 1)."""
         prompt = self.prompt
-        mask, positions = (
-            (prompt.attention_mask, prompt.position_ids) if step == 0 else prompt.decode_step(step - 1)
-        )
+        mask, positions = (prompt.attention_mask, prompt.position_ids) if step == 0 else prompt.decode_step(step - 1)
         shifted = positions.copy()
         shifted[:, 0] += self.offsets[0]
         shifted[:, 1] += np.where(positions[:, 1] > 0, self.offsets[1], 0)

@@ -1,4 +1,4 @@
-"""Verify: files against the manifest, graphs against the rules, then every graph and the chain against the reference."""
+"""Verify: files against the manifest, graphs against the rules, graphs and chain against the reference."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from glmexport.verify.report import Report, Row
 from glmexport.verify.tolerances import TOLERANCES, Tolerance
 
 DEFAULT_STEPS = 4
-"""Decode steps after each prompt. A model that does not stay in memory is read once a step, so it is no larger number."""
+"""Decode steps after each prompt; few, because a model that does not stay in memory is read once a step."""
 
 RESIDENT_BYTES = 1 << 30
 """Weights that onnxruntime may hold at once: small models stay open, of a large one only the graph that runs."""
@@ -39,11 +39,13 @@ def ignore_advance(what: str) -> None:
     """Drop a progress report."""
 
 
-def verify(bundle: Bundle, checkpoint: Checkpoint, *, steps: int = DEFAULT_STEPS, advance: Advance = ignore_advance) -> Report:
+def verify(
+    bundle: Bundle, checkpoint: Checkpoint, *, steps: int = DEFAULT_STEPS, advance: Advance = ignore_advance
+) -> Report:
     """Check `bundle` against `checkpoint` and report; never raises for a bundle that is merely wrong.
 
     advance: called with what was just done, `progress_total` times for a bundle without damage.
-    Raises BundleError where bundle and checkpoint are of different models, CheckpointError where weights cannot be read.
+    Raises BundleError where bundle and checkpoint are of different models, CheckpointError for unreadable weights.
     """
     _check_same_model(bundle, checkpoint)
     report = Report(str(bundle.directory), "float32")
@@ -79,7 +81,9 @@ def graph_spec(bundle: Bundle, graph: Mapping[str, Any]) -> GraphSpec:
         names.KIND_HEAD: interface.head_spec(bundle.config, bundle.argmax),
     }
     if graph.get("kind") not in kinds:
-        raise BundleError(f"The manifest gives {graph['name']} the kind {graph.get('kind')!r}, expected one of {list(kinds)}.")
+        raise BundleError(
+            f"The manifest gives {graph['name']} the kind {graph.get('kind')!r}, expected one of {list(kinds)}."
+        )
     return kinds[graph["kind"]]
 
 
@@ -206,7 +210,9 @@ class _Comparison:
             worst, past = _Worst(), torch.from_numpy(self._session.empty_past(run.case.batch))
             for step in range(self._steps + 1):
                 mask, positions = run.case.inputs(step)
-                found = self._session.block(block_id, run.hidden[step].contiguous().numpy(), mask, positions, past.numpy())
+                found = self._session.block(
+                    block_id, run.hidden[step].contiguous().numpy(), mask, positions, past.numpy()
+                )
                 expected = patch.run_reference_block(
                     block, block_id, run.hidden[step], torch.from_numpy(mask), torch.from_numpy(positions), past
                 )
@@ -222,7 +228,7 @@ class _Comparison:
         weights = self._reference.weights(patch.final_norm)
         final_norm = self._reference.module(patch.final_norm, weights)
         last = [run.hidden[step][-1] for run in self._runs for step in range(self._steps + 1)]
-        logits = iter(self._reference.logits(final_norm(torch.cat(last))).split([len(rows) for rows in last]))
+        logits = iter(torch.split(self._reference.logits(final_norm(torch.cat(last))), [len(rows) for rows in last]))
         equal = total = 0
         chain: list[tuple[str, _Worst, int, int]] = []
         for run in self._runs:

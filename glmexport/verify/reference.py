@@ -43,7 +43,7 @@ class StreamedReference:
         return module.eval()
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """hidden [rows, hidden] after the final norm -> logits [rows, vocab]; the head's rows are read in bands."""
+        """Final-normed states [rows, hidden] -> logits [rows, vocab]; the head's rows are read in bands."""
         name, vocab = self._checkpoint.head_name, self._checkpoint.config.vocab_size
         band = max(HEAD_BAND_BYTES // (4 * hidden.shape[-1]), 1)
         parts = [

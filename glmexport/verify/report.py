@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -44,18 +45,27 @@ class Report:
         errors = [row.max_abs_error for row in self.rows if row.max_abs_error is not None]
         return float("nan") if any(error != error for error in errors) else max(errors, default=0.0)
 
+    def worst_rows(self) -> list[Row]:
+        """Of each graph the row with the largest error, and every row that failed."""
+        worst: dict[str, Row] = {}
+        for row in self.rows:
+            if row.passed and row.max_abs_error is not None:
+                held = worst.setdefault(row.graph, row)
+                if row.max_abs_error > (held.max_abs_error or 0.0):
+                    worst[row.graph] = row
+        return [row for row in self.rows if not row.passed or worst.get(row.graph) is row or row.case == "files"]
+
     def as_json(self) -> dict[str, Any]:
         """The report as plain JSON values; errors that are no finite number are given as strings."""
-        rows = [
-            {key: str(value) if isinstance(value, float) and abs(value) in (float("inf"),) or value != value else value
-             for key, value in asdict(row).items()}
-            for row in self.rows
-        ]
         return {
             "bundle": self.bundle,
             "form": self.form,
             "passed": self.passed,
             "greedy_equal": self.greedy[0],
             "greedy_total": self.greedy[1],
-            "rows": rows,
+            "rows": [{key: _plain(value) for key, value in asdict(row).items()} for row in self.rows],
         }
+
+
+def _plain(value: Any) -> Any:
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Tolerance:
-    """An output passes when its largest absolute error, or that error over the largest reference value, is within bounds."""
+    """An output passes when its largest absolute error, or that over the largest reference value, is in bounds."""
 
     absolute: float
     relative: float
@@ -22,7 +22,7 @@ TOLERANCES = {
     "float32": Tolerance(
         1e-4,
         1e-5,
-        "the same float32 numbers summed in another order: sums of up to 16384 products differ by some 1e-6 of the largest "
-        "value, and the absolute bound is for models whose activations stay near 1",
+        "the same float32 numbers summed in another order: sums of up to 16384 products differ by some 1e-6 of the "
+        "largest value, and the absolute bound is for models whose activations stay near 1",
     ),
 }

@@ -1,0 +1,79 @@
+"""Entry point: commands are found by name and imported only when they run, so that `--help` is quick."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+
+import click
+
+from glmexport import __version__
+from glmexport.errors import GlmExportError
+
+INTERRUPTED = 130
+
+COMMANDS = {
+    "split": ("glmexport.cli.split", "Export a checkpoint as separate ONNX graphs."),
+    "verify": ("glmexport.cli.verify", "Prove a bundle equal to the PyTorch reference."),
+    "inspect": ("glmexport.cli.inspect", "Show what a bundle or checkpoint holds."),
+    "patches": ("glmexport.cli.patches", "List supported architectures and their transforms."),
+}
+"""Command -> (module with a click command named `command`, one line of help)."""
+
+
+class LazyGroup(click.Group):
+    """A group whose commands' modules are imported when a command is looked up, not when the help lists them."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """All commands, in the order of use."""
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Import one command."""
+        if cmd_name not in COMMANDS:
+            return None
+        command = importlib.import_module(COMMANDS[cmd_name][0]).command
+        if not isinstance(command, click.Command):
+            raise TypeError(f"{COMMANDS[cmd_name][0]}.command must be a click command")
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the list of commands without importing them."""
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, text) for name, (_, text) in COMMANDS.items()])
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="glmexport")
+def cli() -> None:
+    r"""Take a GLM-family language model from a PyTorch checkpoint to verified, separate ONNX graphs.
+
+    \b
+    Example:
+      glmexport split chatglm-6b/ -o bundle/
+      glmexport verify bundle/ chatglm-6b/
+
+    Exit status: 0 done, 1 a verification failed, 2 bad input (one sentence says what), 130 stopped by Ctrl-C.
+    """
+
+
+def run() -> None:
+    """Run the command line; every error a person or file can cause becomes a sentence and a status here."""
+    try:
+        cli.main(standalone_mode=False)
+    except click.exceptions.Exit as done:
+        sys.exit(done.exit_code)
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("\nStopped.", err=True)
+        sys.exit(INTERRUPTED)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except GlmExportError as error:
+        click.echo(f"{click.style('Error:', fg='red')} {error}", err=True)
+        sys.exit(2)
+    except BrokenPipeError:
+        # whoever read our output has seen enough; keep Python from complaining about it at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)

@@ -1,0 +1,110 @@
+"""What every command shows in the same way: notices, sizes, tables, progress, JSON files."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from glmexport.errors import GlmExportError
+
+PLAIN_WIDTH = 160
+"""Columns of a table that goes to a file or pipe, where no terminal says how many there are."""
+
+FunctionT = TypeVar("FunctionT", bound=Callable[..., Any])
+
+
+def quiet_option(function: FunctionT) -> FunctionT:
+    """The `-q` option that every command has."""
+    return click.option("-q", "--quiet", is_flag=True, help="No progress and no notices on stderr.")(function)
+
+
+def revision_option(function: FunctionT) -> FunctionT:
+    """The `--revision` option of every command that takes a checkpoint."""
+    text = "Branch, tag or commit, where CHECKPOINT is a hub id such as zai-org/chatglm-6b."
+    return click.option("--revision", metavar="REV", help=text)(function)
+
+
+def console() -> Console:
+    """Results go to stdout; colours follow the terminal and NO_COLOR."""
+    return Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH, highlight=False)
+
+
+def notifier(quiet: bool) -> Callable[[str], None]:
+    """A function that shows one notice on stderr."""
+
+    def notify(message: str) -> None:
+        if not quiet:
+            click.echo(f"{click.style('Note:', fg='yellow')} {message}", err=True)
+
+    return notify
+
+
+def table(*columns: str, right: tuple[str, ...] = ()) -> Table:
+    """An empty table; the columns in `right` hold numbers."""
+    result = Table(box=None, pad_edge=False, header_style="bold")
+    for column in columns:
+        result.add_column(column, justify="right" if column in right else "left", overflow="fold")
+    return result
+
+
+def size(count: float) -> str:
+    """A number of bytes for people, in powers of 1000 as disks are sold."""
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.2f} GB"
+
+
+def write_json(target: str, document: Any) -> None:
+    """Write a document as JSON to a file, or to stdout for `-`. Raises GlmExportError where that fails."""
+    text = json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    if target == "-":
+        click.echo(text, nl=False)
+        return
+    try:
+        Path(target).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise GlmExportError(f"{target} could not be written ({error.strerror}); choose another file.") from error
+
+
+@contextmanager
+def progress(quiet: bool, total: int, unit: str) -> Iterator[Callable[[str, int], None]]:
+    """A bar on stderr; where stderr is no terminal, a plain line whenever the description changes.
+
+    Gives a function that takes a description and a step (in `unit`s, of `total`).
+    """
+    if quiet:
+        yield lambda what, step: None
+        return
+    if not sys.stderr.isatty():
+        done, last = 0, ""
+
+        def advance(what: str, step: int) -> None:
+            nonlocal done, last
+            if what != last:
+                click.echo(f"[{min(100 * done // max(total, 1), 100):3d}%] {what}", err=True)
+            done, last = done + step, what
+
+        yield advance
+        return
+    columns = (
+        TextColumn("{task.description}", justify="left"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TextColumn(f"[dim]{unit}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("", total=total)
+        yield lambda what, step: bar.update(task, description=what, advance=step)

@@ -1,0 +1,98 @@
+"""`glmexport split`."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from pathlib import Path
+
+import click
+
+from glmexport.cli import output
+from glmexport.graph_lint import OPSETS
+from glmexport.interface import ARGMAX_MODES
+
+
+@click.command(name="split")
+@click.argument("checkpoint")
+@click.option("-o", "--output", "bundle", required=True, type=click.Path(path_type=Path), help="Directory to make.")
+@output.revision_option
+@click.option(
+    "--opset",
+    type=click.IntRange(OPSETS.start, OPSETS.stop - 1),
+    default=18,
+    show_default=True,
+    help="ONNX operator set of every graph.",
+)
+@click.option(
+    "--argmax",
+    type=click.Choice(ARGMAX_MODES),
+    is_flag=False,
+    flag_value="also",
+    default="none",
+    show_default=True,
+    help="Add the greedy `token_id` to the LM head, or give it alone (`only`).",
+)
+@click.option("--force", is_flag=True, help="Replace an existing bundle, or an empty directory.")
+@click.option("--dry-run", is_flag=True, help="Print files, bytes, memory and disk needed; read no tensor.")
+@click.option("--verify", "check", is_flag=True, help="Verify the bundle against the reference when it is written.")
+@output.quiet_option
+def command(
+    checkpoint: str,
+    bundle: Path,
+    revision: str | None,
+    opset: int,
+    argmax: str,
+    force: bool,
+    dry_run: bool,
+    check: bool,
+    quiet: bool,
+) -> None:
+    r"""Export CHECKPOINT, a directory or hub id, as a bundle of separate ONNX graphs.
+
+    The bundle holds embedding.onnx, glm_block_<i>.onnx and lm.onnx with their weights beside them, the tokenizer files
+    and manifest.json. One matrix is in memory at a time. Nothing is written into the checkpoint, no code in it is run,
+    and the bundle appears only when it is complete.
+
+    \b
+    Examples:
+      glmexport split chatglm-6b/ -o bundle/
+      glmexport split chatglm-6b/ -o bundle/ --dry-run
+      glmexport split zai-org/chatglm-6b --revision v1.1.0 -o bundle/ --argmax --verify
+    """
+    from glmexport.bundle import check_output, open_bundle
+    from glmexport.checkpoint import open_checkpoint
+    from glmexport.split import SplitOptions, plan_split, split
+
+    if not dry_run:
+        check_output(bundle, force=force)  # before a hub download that might take hours
+    options = SplitOptions(opset=opset, argmax=argmax)
+    with open_checkpoint(checkpoint, revision) as source:
+        plan = plan_split(source, options)
+        if dry_run:
+            _print_plan(dict(plan.files), plan.disk, plan.peak_memory, bundle)
+            return
+        with output.progress(quiet, plan.disk, "of the bundle") as advance:
+            split(source, bundle, options, force=force, notice=output.notifier(quiet), advance=advance)
+        written = open_bundle(bundle)
+        total = sum(record.bytes for record in written.files.values())
+        click.echo(f"{bundle}: {len(written.graphs)} graphs, {len(written.files)} files, {output.size(total)}")
+        if check:
+            from glmexport.cli.verify import run_verify
+
+            if not run_verify(written, source, quiet=quiet):
+                sys.exit(1)
+
+
+def _print_plan(files: dict[str, int], disk: int, memory: int, bundle: Path) -> None:
+    listing = output.table("file", "bytes", "", right=("bytes", ""))
+    for name, count in files.items():
+        listing.add_row(name, f"{count:,}", output.size(count))
+    console = output.console()
+    console.print(listing)
+    place = bundle.absolute().parent
+    while not place.exists():
+        place = place.parent
+    console.print(f"disk needed  {output.size(disk)}, free {output.size(shutil.disk_usage(place).free)} in {place}")
+    console.print(f"peak memory  about {output.size(memory)}")
+    console.print("Graph files and the manifest are estimates, external data is exact; nothing was written.")
