@@ -5,6 +5,7 @@ Everything after the reading takes a `ModelConfig`; nobody looks a key up in a r
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -64,6 +65,7 @@ class RawConfig:
         self._raw = raw
         self._origin = origin
         self._complaints: list[str] = []
+        self._wrong: set[str] = set()
 
     def integer(self, key: str, default: int | None = None, minimum: int = 1) -> int:
         """The whole number under `key`; a missing key without a default, or a value under `minimum`, is a complaint."""
@@ -78,7 +80,7 @@ class RawConfig:
     def positive_float(self, key: str) -> float:
         """The positive number under `key`."""
         value = self._raw.get(key)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= sys.float_info.max:
             self._complain(key, "a positive number")
             return 1.0
         return float(value)
@@ -88,9 +90,9 @@ class RawConfig:
         if self._raw.get(key) != expected:
             self._complain(key, repr(expected))
 
-    def demand(self, holds: bool, complaint: str) -> None:
-        """Add a complaint about a combination of values unless it holds."""
-        if not holds:
+    def demand(self, holds: bool, complaint: str, *keys: str) -> None:
+        """Add a complaint about the values of `keys` together, unless it holds or one of them is wrong already."""
+        if not holds and self._wrong.isdisjoint(keys):
             self._complaints.append(complaint)
 
     def finish(self) -> None:
@@ -101,5 +103,6 @@ class RawConfig:
             )
 
     def _complain(self, key: str, expected: str) -> None:
+        self._wrong.add(key)
         found = f"{self._raw[key]!r:.80}" if key in self._raw else "no such key"
         self._complaints.append(f"`{key}` must be {expected}, found {found}")

@@ -52,7 +52,7 @@ def check_patch(patch: ModelPatch, config: ModelConfig) -> float:
     if not worst <= TOLERANCE:
         raise ExportError(
             f"The patched {patch.name} differs from the unpatched one by {worst:.2e}, at most {TOLERANCE:.0e} is "
-            f"allowed; nothing was exported: one of the transforms {', '.join(t.name for t in patch.transforms)} is wrong."
+            f"allowed; nothing was exported: one of {', '.join(t.name for t in patch.transforms)} is wrong."
         )
     return worst
 

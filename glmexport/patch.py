@@ -36,7 +36,8 @@ class ModelPatch:
     build_reference: ModelConfig -> the unpatched reference on torch's current default device (`meta` included), in eval
         mode, whose `state_dict()` names are the checkpoint's tensor names.
     run_reference_block: (unpatched block, block_id, hidden [seq, batch, hidden], attention_mask bool
-        [batch, 1, seq, total] where True hides, position_ids int64 [batch, 2, seq], past [2, past, batch, heads, head_dim]) ->
+        [batch, 1, seq, total] where True hides, position_ids int64 [batch, 2, seq], past
+        [2, past, batch, heads, head_dim]) ->
         (hidden [seq, batch, hidden], presents [2, total, batch, heads, head_dim]).
     transforms: applied in this order.
     embedding, block, final_norm, head: paths of these submodules in the reference; `block` holds `{block_id}`.

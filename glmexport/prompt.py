@@ -1,8 +1,8 @@
 """Attention masks and two-dimensional positions of a prompt and of the tokens after it, in numpy.
 
 The rules are those of the original modeling code, v1.1.0: a prompt sees all of itself (prefix attention), what follows
-is causal; the first position row counts through the context and then stays at the mask token, the second counts from the
-first generated place on.
+is causal; the first position row counts through the context and then stays at the mask token, the second counts from
+the first generated place on.
 """
 
 from __future__ import annotations

@@ -109,7 +109,7 @@ def split(
 
     notice: takes sentences for the user. advance: takes (graph, bytes written) as weights are written.
     Raises BundleError where the output may not be written or the disk is too small (before starting), CheckpointError
-    for weights that cannot be read, ExportError where a graph is not what it must be. On any error nothing is left behind.
+    for weights that cannot be read, ExportError where a graph is not what it must be. No error leaves anything behind.
     """
     options = options or SplitOptions()
     check_output(output, force=force)

@@ -36,7 +36,9 @@ class MatMulAttention(nn.Module):
     def __init__(self, layer_id: int, head_dim: int) -> None:
         super().__init__()
         self.head_dim = head_dim
-        self.register_buffer("layer_scale", torch.tensor([float(layer_id + 1)], device="cpu"), persistent=False)
+        # four axes, a shape of its own: no other constant of the graph can be equal to it
+        scale = torch.full((1, 1, 1, 1), float(layer_id + 1), device="cpu")
+        self.register_buffer("layer_scale", scale, persistent=False)
 
     def forward(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: torch.Tensor

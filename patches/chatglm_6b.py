@@ -61,11 +61,13 @@ def read_config(raw: Mapping[str, Any], tokenizer: TokenizerFacts) -> ModelConfi
     keys.demand(
         hidden_size % (4 * num_heads) == 0,
         f"`hidden_size` must be a multiple of 4 * `num_attention_heads`, found {hidden_size} for {num_heads} heads",
+        *("hidden_size", "num_attention_heads"),
     )
     largest = max(ids.mask, ids.gmask, ids.bos, ids.eos, ids.pad)
     keys.demand(
         largest < vocab_size,
         f"`vocab_size` must be above every special id, found {vocab_size} and the id {largest}",
+        *("vocab_size", "bos_token_id", "eos_token_id", "mask_token_id", "gmask_token_id", "pad_token_id"),
     )
     keys.finish()
     return config

@@ -1,11 +1,17 @@
-"""Fixtures shared by the tests: the golden checkpoint and what the original code computed on it."""
+"""Fixtures shared by the tests: the golden checkpoint, what the original code computed on it, and split bundles."""
 
 from __future__ import annotations
 
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+from checkpoints import write_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN_CHECKPOINT = ROOT / "examples" / "chatglm-6b-tiny"
@@ -22,3 +28,87 @@ def golden() -> dict[str, np.ndarray]:
     """What the original v1.1.0 code computes on the golden checkpoint, in float32."""
     with np.load(GOLDEN_DATA / "expected.npz") as file:
         return {name: file[name] for name in file.files}
+
+
+@pytest.fixture(scope="session")
+def shared_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One directory for the whole run; workers of pytest-xdist share it."""
+    base = tmp_path_factory.getbasetemp()
+    shared = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "shared"
+    shared.mkdir(exist_ok=True)
+    return shared
+
+
+@pytest.fixture(scope="session")
+def shared(shared_directory: Path) -> Callable[[str, Callable[[Path], object]], Path]:
+    """`shared(name, make)`: the directory of that name, made once in the whole run by `make(path)`; never change it."""
+
+    def once(name: str, make: Callable[[Path], object]) -> Path:
+        path = shared_directory / name
+        with (shared_directory / f"{name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not path.exists():
+                draft = shared_directory / f"{name}.draft"
+                make(draft)
+                draft.rename(path)
+        return path
+
+    return once
+
+
+@pytest.fixture(scope="session")
+def golden_bundle(shared, golden_checkpoint) -> Path:
+    """The golden checkpoint, split as the command line does by default; copy it before changing anything."""
+    return shared("golden-bundle", lambda path: split_directory(golden_checkpoint, path))
+
+
+@pytest.fixture(scope="session")
+def small_checkpoint(shared) -> Path:
+    """Two blocks, 128 rows, no tokenizer: quick to verify."""
+    return shared("small-checkpoint", lambda path: write_checkpoint(path, tokenizer=False, seed=7))
+
+
+@pytest.fixture(scope="session")
+def small_bundle(shared, small_checkpoint) -> Path:
+    """The small checkpoint, split; copy it before changing anything."""
+    return shared("small-bundle", lambda path: split_directory(small_checkpoint, path))
+
+
+@pytest.fixture
+def small_copy(small_bundle, tmp_path) -> Path:
+    """A copy of the small bundle, to be damaged."""
+    return shutil.copytree(small_bundle, tmp_path / "bundle")
+
+
+def split_directory(checkpoint: Path, output: Path, **options) -> list[str]:
+    """Split a checkpoint directory; returns the notices."""
+    from glmexport.checkpoint import open_checkpoint
+    from glmexport.split import SplitOptions, split
+
+    notices: list[str] = []
+    with open_checkpoint(checkpoint) as source:
+        split(source, output, SplitOptions(**options), notice=notices.append)
+    return notices
+
+
+def record_again(bundle: Path, *names: str) -> None:
+    """Give files of a bundle the size and SHA-256 in the manifest that they have now."""
+    from glmexport.bundle import sha256_of
+
+    manifest = json.loads((bundle / "manifest.json").read_text("utf-8"))
+    for name in names:
+        path = bundle / name
+        manifest["files"][name] = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
+    (bundle / "manifest.json").write_text(json.dumps(manifest), "utf-8")
+
+
+def listing(directory: Path) -> dict[str, tuple[int, int, bytes]]:
+    """Every entry below a directory, with its size, modification time and content."""
+    return {
+        str(path.relative_to(directory)): (
+            path.stat().st_size,
+            path.stat().st_mtime_ns,
+            path.read_bytes() if path.is_file() else b"",
+        )
+        for path in sorted(directory.rglob("*"))
+    }

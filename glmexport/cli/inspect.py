@@ -16,7 +16,7 @@ from glmexport.cli import output
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 @output.quiet_option
 def command(target: str, revision: str | None, as_json: bool, quiet: bool) -> None:
-    r"""Show what TARGET, a bundle, a checkpoint directory or a hub id, holds: parts, parameters, bytes, dtypes.
+    """Show what TARGET, a bundle, a checkpoint directory or a hub id, holds: parts, parameters, bytes, dtypes.
 
     Reads headers and the manifest only, never a tensor.
 

@@ -47,7 +47,7 @@ class LazyGroup(click.Group):
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="glmexport")
 def cli() -> None:
-    r"""Take a GLM-family language model from a PyTorch checkpoint to verified, separate ONNX graphs.
+    """Take a GLM-family language model from a PyTorch checkpoint to verified, separate ONNX graphs.
 
     \b
     Example:

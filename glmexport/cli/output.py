@@ -19,6 +19,9 @@ from glmexport.errors import GlmExportError
 PLAIN_WIDTH = 160
 """Columns of a table that goes to a file or pipe, where no terminal says how many there are."""
 
+PLAIN_STEP = 5
+"""Percent between two lines of progress where there is no terminal."""
+
 FunctionT = TypeVar("FunctionT", bound=Callable[..., Any])
 
 
@@ -79,7 +82,7 @@ def write_json(target: str, document: Any) -> None:
 
 @contextmanager
 def progress(quiet: bool, total: int, unit: str) -> Iterator[Callable[[str, int], None]]:
-    """A bar on stderr; where stderr is no terminal, a plain line whenever the description changes.
+    """A bar on stderr; where stderr is no terminal, a plain line every few percent.
 
     Gives a function that takes a description and a step (in `unit`s, of `total`).
     """
@@ -87,13 +90,15 @@ def progress(quiet: bool, total: int, unit: str) -> Iterator[Callable[[str, int]
         yield lambda what, step: None
         return
     if not sys.stderr.isatty():
-        done, last = 0, ""
+        done, shown = 0, -PLAIN_STEP
 
         def advance(what: str, step: int) -> None:
-            nonlocal done, last
-            if what != last:
-                click.echo(f"[{min(100 * done // max(total, 1), 100):3d}%] {what}", err=True)
-            done, last = done + step, what
+            nonlocal done, shown
+            percent = min(100 * done // max(total, 1), 100)
+            if percent >= shown + PLAIN_STEP:
+                click.echo(f"[{percent:3d}%] {what}", err=True)
+                shown = percent
+            done += step
 
         yield advance
         return

@@ -11,7 +11,7 @@ from glmexport.cli import output
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 @output.quiet_option
 def command(as_json: bool, quiet: bool) -> None:
-    r"""List the supported architectures and the transforms that make each export-friendly, in order.
+    """List the supported architectures and the transforms that make each export-friendly, in order.
 
     \b
     Example:

@@ -48,7 +48,7 @@ def command(
     check: bool,
     quiet: bool,
 ) -> None:
-    r"""Export CHECKPOINT, a directory or hub id, as a bundle of separate ONNX graphs.
+    """Export CHECKPOINT, a directory or hub id, as a bundle of separate ONNX graphs.
 
     The bundle holds embedding.onnx, glm_block_<i>.onnx and lm.onnx with their weights beside them, the tokenizer files
     and manifest.json. One matrix is in memory at a time. Nothing is written into the checkpoint, no code in it is run,

@@ -34,7 +34,7 @@ FEW_GRAPHS = 10
 def command(
     bundle: Path, checkpoint: str, revision: str | None, json_file: str | None, steps: int, all_rows: bool, quiet: bool
 ) -> None:
-    r"""Prove BUNDLE equal to the unpatched PyTorch reference of CHECKPOINT.
+    """Prove BUNDLE equal to the unpatched PyTorch reference of CHECKPOINT.
 
     First every file's size and SHA-256 and the rules of the graphs; then each graph by itself on onnxruntime (several
     lengths, real past, left-padded batch, infilling, the model's last positions), its weights bit for bit, and the

@@ -98,13 +98,18 @@ def _check_same_model(bundle: Bundle, checkpoint: Checkpoint) -> None:
 
 
 def _lint(bundle: Bundle, advance: Advance) -> Iterator[Row]:
+    failed = False
     for graph in bundle.graphs:
         try:
             complaints = lint_graph(bundle.path(graph["file"]), graph_spec(bundle, graph), bundle.opset)
         except BundleError as error:
             complaints = [str(error)]
         advance(f"lint {graph['name']}")
-        yield Row(graph["name"], "lint", not complaints, detail=" ".join(complaints))
+        if complaints:
+            failed = True
+            yield Row(graph["name"], "lint", False, detail=" ".join(complaints))
+    if not failed:
+        yield Row("all", "lint", True, detail=f"{len(bundle.graphs)} graphs keep every rule")
 
 
 @dataclass
@@ -198,7 +203,7 @@ class _Comparison:
                 run.hidden.append(expected)
                 worst.add(self._session.embed(run.input_ids(step)), expected.numpy())
             self._add_row(names.EMBEDDING, run.case.name, worst)
-        self._compare_bands(names.EMBEDDING, self._checkpoint.embedding_name)
+        self._add_exact(names.EMBEDDING, self._wrong_table(names.EMBEDDING, self._checkpoint.embedding_name), 1)
         self._advance(f"compare {names.EMBEDDING}")
 
     def _compare_block(self, block_id: int) -> None:
@@ -220,7 +225,7 @@ class _Comparison:
                     worst.add(ours, theirs.numpy())
                 run.hidden[step], past = expected[0], expected[1].contiguous()
             self._add_row(graph, run.case.name, worst)
-        self._compare_weights(graph, weights)
+        self._add_exact(graph, self._wrong_weights(graph, weights), len(weights))
         self._advance(f"compare {graph}")
 
     def _compare_head_and_chain(self) -> None:
@@ -246,8 +251,8 @@ class _Comparison:
             equal, total = equal + same, total + count
             self._add_row(names.HEAD, run.case.name, head)
             chain.append((run.case.name, whole, same, count))
-        self._compare_bands(names.HEAD, self._checkpoint.head_name)
-        self._compare_weights(names.HEAD, weights)
+        wrong = self._wrong_table(names.HEAD, self._checkpoint.head_name) + self._wrong_weights(names.HEAD, weights)
+        self._add_exact(names.HEAD, wrong, len(weights) + 1)
         for case, whole, same, count in chain:
             self._add_row("chain", case, whole, f"{same}/{count} greedy tokens", same == count)
         self._report.greedy = (equal, total)
@@ -259,8 +264,8 @@ class _Comparison:
         margin: Array = logits.max(-1) - np.take_along_axis(logits, tokens[:, None], -1)[:, 0]
         return margin
 
-    def _compare_weights(self, graph: str, weights: Mapping[str, torch.Tensor]) -> None:
-        """Every stored weight of a block (or of the final norm) bit for bit against the checkpoint, in float32."""
+    def _wrong_weights(self, graph: str, weights: Mapping[str, torch.Tensor]) -> list[str]:
+        """Names of the stored weights of a block (or the final norm) that are not the checkpoint's, bit for bit."""
         transposed = set(self._entry(graph).get("transposed", ()))
         stored = {tensor.name: tensor for tensor in external_tensors(load_graph(self._path(graph)), graph)}
         wrong = []
@@ -276,10 +281,10 @@ class _Comparison:
                 if not _same_bits(read_band(self._bundle.directory, tensor, start, stop), expected[start:stop]):
                     wrong.append(name)
                     break
-        self._add_exact(graph, wrong, len(weights))
+        return wrong
 
-    def _compare_bands(self, graph: str, name: str) -> None:
-        """A [vocab, hidden] matrix bit for bit against the checkpoint, without holding either whole."""
+    def _wrong_table(self, graph: str, name: str) -> list[str]:
+        """`name` if that [vocab, hidden] matrix is not the checkpoint's, bit for bit; holds neither of them whole."""
         stored = {tensor.name: tensor for tensor in external_tensors(load_graph(self._path(graph)), graph)}
         tensor, wrong = stored.get(name), [name]
         if tensor is not None and tensor.shape == self._checkpoint.info(name).shape:
@@ -293,7 +298,7 @@ class _Comparison:
                 for start in starts
             )
             wrong = [] if same else [name]
-        self._add_exact(graph, wrong, 1)
+        return wrong
 
     def _add_exact(self, graph: str, wrong: list[str], count: int) -> None:
         detail = f"differ from the checkpoint: {', '.join(wrong)}" if wrong else f"{count} tensors equal bit for bit"
