@@ -16,15 +16,19 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar, get_type_hints
 
 from glmexport import names
 from glmexport.config import ModelConfig, SpecialIds
 from glmexport.errors import BundleError
+from glmexport.interface import ARGMAX_MODES
 
 SCHEMA = 1
 MAX_MANIFEST_BYTES = 16 << 20
+MAX_NAME = 200
 HASH_CHUNK = 1 << 22
+
+DataT = TypeVar("DataT")
 
 
 @dataclass(frozen=True)
@@ -80,31 +84,66 @@ def open_bundle(directory: Path) -> Bundle:
         manifest = json.loads(path.read_text("utf-8"))
         if manifest["schema"] != SCHEMA:
             raise BundleError(
-                f"{path} has schema {manifest['schema']!r}, expected {SCHEMA}; it was written by another version of "
-                f"glmexport ({manifest.get('glmexport')}): use that version or split again."
+                f"{path} has schema {manifest['schema']!r:.80}, expected {SCHEMA}; it was written by another version "
+                f"of glmexport ({manifest.get('glmexport')!r:.80}): use that version or split again."
             )
-        model = dict(manifest["model"])
-        config = ModelConfig(**{**model, "special_ids": SpecialIds(**model["special_ids"])})
-        graphs = tuple(manifest["graphs"])
-        files = {
-            name: FileRecord(int(entry["bytes"]), str(entry["sha256"])) for name, entry in manifest["files"].items()
-        }
-        graph_files = [name for graph in graphs for name in (graph["file"], graph["data"])]
-        _ = (int(manifest["opset"]), str(manifest["argmax"]), [graph["name"] for graph in graphs])
+        config, graphs, files = _parts_of(manifest)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise BundleError(
             f"{path} is not a manifest that glmexport wrote ({type(error).__name__}: {error}); copy or split again."
         ) from error
+    except OSError as error:
+        raise BundleError(f"{path} could not be read: {error.strerror}.") from error
     for name in files:
-        if Path(name).name != name or name in (".", "..", names.MANIFEST):
-            raise BundleError(f"{path} lists the file {name!r}, expected plain names of files beside the manifest.")
-    unlisted = sorted(set(graph_files) - set(files))
+        plain = Path(name).name == name and name.isprintable() and len(name) < MAX_NAME
+        if not plain or name in (".", "..", names.MANIFEST):
+            raise BundleError(f"{path} lists the file {name!r:.80}, expected plain names of files beside the manifest.")
+    unlisted = sorted({graph[key] for graph in graphs for key in ("file", "data")} - set(files))
     if unlisted:
         raise BundleError(f"{path} has graphs in files that it does not list: {', '.join(unlisted)}; split again.")
-    expected = names.graph_names(config.num_blocks)
-    if tuple(graph["name"] for graph in graphs) != expected:
-        raise BundleError(f"{path} does not list the graphs {expected[0]}, {expected[1]} … {expected[-1]} in order.")
+    # the number is compared first: a damaged one could ask for a list of any length
+    if len(graphs) != config.num_blocks + 2 or not all(map(_is_graph, graphs, names.graph_names(config.num_blocks))):
+        raise BundleError(
+            f"{path} lists {len(graphs)} graphs, expected {names.EMBEDDING}, {config.num_blocks} blocks and "
+            f"{names.HEAD} in this order, each with files of its name; split again."
+        )
     return Bundle(directory, manifest, config, graphs, files)
+
+
+def _parts_of(manifest: Any) -> tuple[ModelConfig, tuple[dict[str, Any], ...], dict[str, FileRecord]]:
+    """Config, graphs and files, each value of the type that it must have. Raises ValueError, KeyError or TypeError."""
+    _demand(manifest, architecture=str, opset=int, argmax=str, tied=bool, model=dict, graphs=list, files=dict)
+    model = manifest["model"]
+    config = _typed(ModelConfig, {**model, "special_ids": _typed(SpecialIds, model["special_ids"])})
+    if manifest["argmax"] not in ARGMAX_MODES:
+        raise ValueError(f"argmax is {manifest['argmax']!r:.80}, expected one of {', '.join(ARGMAX_MODES)}")
+    if min(config.vocab_size, config.hidden_size, config.num_blocks, config.num_heads, config.inner_size) < 1:
+        raise ValueError("a size of the model is not positive")
+    for graph in manifest["graphs"]:
+        _demand(graph, name=str, kind=str, file=str, data=str, weights=str, parameters=int, inputs=list, outputs=list)
+        _demand(graph, transposed=list)
+        for tensor in (*graph["inputs"], *graph["outputs"]):
+            _demand(tensor, name=str, dtype=str, shape=list)
+    for entry in manifest["files"].values():
+        _demand(entry, bytes=int, sha256=str)
+    files = {name: FileRecord(entry["bytes"], entry["sha256"]) for name, entry in manifest["files"].items()}
+    return config, tuple(manifest["graphs"]), files
+
+
+def _is_graph(entry: Mapping[str, Any], name: str) -> bool:
+    return (entry["name"], entry["file"], entry["data"]) == (name, names.graph_file(name), names.data_file(name))
+
+
+def _demand(entry: Any, **kinds: type) -> None:
+    for key, kind in kinds.items():
+        if type(entry[key]) is not kind:
+            raise TypeError(f"{key} is {entry[key]!r:.80}, expected {kind.__name__}")
+
+
+def _typed(kind: type[DataT], values: dict[str, Any]) -> DataT:
+    """A dataclass from JSON values; each must be of exactly the type of its field."""
+    _demand(values, **get_type_hints(kind))
+    return kind(**values)
 
 
 def check_files(bundle: Bundle) -> Iterator[tuple[str, str | None]]:
@@ -150,8 +189,10 @@ class BundleWriter:
         self.output = Path(os.path.abspath(output))  # noqa: PTH100 - resolve() would follow a link at the output itself
         check_output(self.output, force=force)
         self.files: dict[str, FileRecord] = {}
+        self._force = force
         self._partial = self.output.with_name(f".{self.output.name}.partial")
         self._lock: int | None = None
+        self._committed = False
 
     def __enter__(self) -> BundleWriter:
         with _sentences(self.output):
@@ -164,15 +205,14 @@ class BundleWriter:
                 raise BundleError(
                     f"Another run is writing to {self.output}; wait for it or choose another output."
                 ) from error
-            for stale in self._partial.iterdir():
-                stale.unlink()
+            _empty(self._partial)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._partial.exists():
-            shutil.rmtree(self._partial, ignore_errors=True)
+        if not self._committed:  # afterwards a directory of that name is another run's
+            _remove(self._partial)
         if self._lock is not None:
             os.close(self._lock)
 
@@ -206,9 +246,10 @@ class BundleWriter:
                 file.flush()
                 os.fsync(file.fileno())
             _sync_directory(self._partial)
+            check_output(self.output, force=self._force)  # again: hours may have passed
             replaced = self.output.with_name(f".{self.output.name}.replaced")
             if self.output.exists():
-                shutil.rmtree(replaced, ignore_errors=True)
+                _remove(replaced)
                 self.output.rename(replaced)
             try:
                 self._partial.rename(self.output)
@@ -216,8 +257,9 @@ class BundleWriter:
                 if replaced.exists():
                     replaced.rename(self.output)
                 raise
+            self._committed = True
             _sync_directory(self.output.parent)
-            shutil.rmtree(replaced, ignore_errors=True)
+            _remove(replaced)
         return self.output
 
 
@@ -229,12 +271,19 @@ def check_output(output: Path, *, force: bool) -> None:
         return
     if not force:
         raise BundleError(f"{output} exists already; choose another output, or --force to replace a bundle.")
-    if not looks_like_bundle(output) and any(output.iterdir()):
+    if any(output.iterdir()) and not _is_ours(output / names.MANIFEST):
         raise BundleError(
             f"{output} is neither empty nor a bundle, so --force does not replace it; choose another output."
         )
-    if looks_like_bundle(output):
-        open_bundle(output)
+
+
+def _is_ours(manifest: Path) -> bool:
+    """Whether a manifest was written by glmexport, any version of it."""
+    try:
+        document = json.loads(manifest.read_text("utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(document, dict) and {"glmexport", "schema", "files"} <= document.keys()
 
 
 class HashingFile:
@@ -301,6 +350,20 @@ def _sentences(output: Path) -> Iterator[None]:
             error.errno or 0, error.strerror or str(error)
         )
         raise BundleError(f"{output} could not be written: {reason}; nothing was left there.") from error
+
+
+def _empty(directory: Path) -> None:
+    """Remove what an earlier run left, the manifest first: a directory that lost other files must not look complete."""
+    (directory / names.MANIFEST).unlink(missing_ok=True)
+    for stale in directory.iterdir():
+        stale.unlink()
+
+
+def _remove(directory: Path) -> None:
+    """Remove a directory of ours, if it is there, the manifest first (see `_empty`)."""
+    with suppress(OSError):
+        (directory / names.MANIFEST).unlink(missing_ok=True)
+    shutil.rmtree(directory, ignore_errors=True)
 
 
 def _sync_directory(directory: Path) -> None:

@@ -38,6 +38,14 @@ class GraphSpec:
     outputs: tuple[TensorSpec, ...]
 
 
+def graph_spec(graph: str, config: ModelConfig, argmax: str) -> GraphSpec:
+    """The signature of the graph of that name."""
+    kind = names.graph_kind(graph)
+    if kind == names.KIND_HEAD:
+        return head_spec(config, argmax)
+    return embedding_spec(config) if kind == names.KIND_EMBEDDING else block_spec(config)
+
+
 def embedding_spec(config: ModelConfig) -> GraphSpec:
     """`input_ids` [batch, seq] -> `inputs_embeds` [seq, batch, hidden]."""
     return GraphSpec(

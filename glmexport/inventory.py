@@ -5,14 +5,14 @@ from __future__ import annotations
 import dataclasses
 import math
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from glmexport import names
 from glmexport.bundle import open_bundle
-from glmexport.checkpoint import Checkpoint
 from glmexport.config import ModelConfig
+
+if TYPE_CHECKING:
+    from glmexport.checkpoint import Checkpoint
 
 
 def bundle_inventory(directory: Path) -> dict[str, Any]:
@@ -40,6 +40,8 @@ def bundle_inventory(directory: Path) -> dict[str, Any]:
 
 def checkpoint_inventory(checkpoint: Checkpoint) -> dict[str, Any]:
     """Facts of a checkpoint and its parts as plain JSON values; reads no tensor."""
+    import torch  # here: a bundle is inspected without it
+
     patch, config, weights = checkpoint.patch, checkpoint.config, checkpoint.weights
     prefixes: dict[str, tuple[str, ...]] = {names.EMBEDDING: (patch.embedding,)}
     prefixes |= {names.block_name(i): (patch.block.format(block_id=i),) for i in range(config.num_blocks)}

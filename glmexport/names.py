@@ -44,6 +44,11 @@ def graph_names(num_blocks: int) -> tuple[str, ...]:
     return (EMBEDDING, *(block_name(i) for i in range(num_blocks)), HEAD)
 
 
+def graph_kind(graph: str) -> str:
+    """Kind of the graph of that name: embedding, block or LM head."""
+    return {EMBEDDING: KIND_EMBEDDING, HEAD: KIND_HEAD}.get(graph, KIND_BLOCK)
+
+
 def graph_file(graph: str) -> str:
     """File name of a graph: `<graph>.onnx`."""
     return f"{graph}.onnx"

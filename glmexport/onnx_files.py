@@ -131,7 +131,7 @@ def external_tensors(model: onnx.ModelProto, where: str) -> list[ExternalTensor]
     for proto in model.graph.initializer:
         if proto.data_location != TensorProto.EXTERNAL:
             continue
-        entries = {entry.key: entry.value for entry in proto.external_data}
+        entries = {str(entry.key): str(entry.value) for entry in proto.external_data}  # bytes where it is not UTF-8
         offset, length = entries.get("offset", "0"), entries.get("length", "")
         if not (offset.isdecimal() and length.isdecimal()):
             raise BundleError(

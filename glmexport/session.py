@@ -13,6 +13,7 @@ import numpy.typing as npt
 from glmexport import names
 from glmexport.bundle import Bundle
 from glmexport.errors import BundleError
+from glmexport.interface import graph_spec
 
 if TYPE_CHECKING:
     import onnxruntime  # type: ignore[import-untyped]
@@ -32,7 +33,6 @@ class Session:
         self._resident_bytes = resident_bytes
         self._threads = threads
         self._open: OrderedDict[str, onnxruntime.InferenceSession] = OrderedDict()
-        self._graphs = {graph["name"]: graph for graph in bundle.graphs}
 
     def __enter__(self) -> Session:
         return self
@@ -70,7 +70,8 @@ class Session:
 
     def _run(self, graph: str, feeds: Mapping[str, Array]) -> dict[str, Array]:
         session = self._opened(graph)
-        outputs = [output["name"] for output in self._graphs[graph]["outputs"]]
+        spec = graph_spec(graph, self._bundle.config, self._bundle.argmax)
+        outputs = [output.name for output in spec.outputs]
         try:
             values = session.run(outputs, dict(feeds))
         except Exception as error:  # onnxruntime's own errors share no public base class
@@ -94,7 +95,7 @@ class Session:
         options.add_session_config_entry("session.disable_prepacking", "1")
         if self._threads is not None:
             options.intra_op_num_threads = self._threads
-        path = self._bundle.path(self._graphs[graph]["file"])
+        path = self._bundle.path(names.graph_file(graph))
         try:
             return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # see _run
@@ -107,4 +108,4 @@ class Session:
             self._open.popitem(last=False)
 
     def _weight_bytes(self, graph: str) -> int:
-        return self._bundle.files[self._graphs[graph]["data"]].bytes
+        return self._bundle.files[names.data_file(graph)].bytes

@@ -11,7 +11,7 @@ import copy
 import io
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -67,7 +67,7 @@ def _trace_dynamo(module: nn.Module, spec: GraphSpec, opset: int) -> onnx.ModelP
 
     program = torch.onnx.export(
         copy.deepcopy(module).to("meta"),
-        tuple(_example(tensor, "meta") for tensor in spec.inputs),
+        tuple(_example(tensor) for tensor in spec.inputs),
         dynamo=True,
         optimize=False,  # the optimizer runs below, once the weights are inputs
         verbose=False,
@@ -91,34 +91,52 @@ def _trace_dynamo(module: nn.Module, spec: GraphSpec, opset: int) -> onnx.ModelP
 def _trace_torchscript(module: nn.Module, spec: GraphSpec, opset: int) -> onnx.ModelProto:
     export_ops.register_torchscript_translations(opset)
     file = io.BytesIO()
+    functional = _WeightsAsInputs(copy.deepcopy(module).to("meta"), len(spec.inputs))
     torch.onnx.export(
-        _weightless(copy.deepcopy(module).to("meta")),
-        tuple(_example(tensor, "cpu") for tensor in spec.inputs),
+        functional,
+        (*(_example(tensor) for tensor in spec.inputs), *functional.weights.values()),
         file,  # type: ignore[arg-type]  # a file object is documented for this exporter
         dynamo=False,
         opset_version=opset,
-        export_params=False,
-        keep_initializers_as_inputs=True,
         do_constant_folding=False,
-        input_names=[tensor.name for tensor in spec.inputs],
+        input_names=[*(tensor.name for tensor in spec.inputs), *functional.weights],
         output_names=[tensor.name for tensor in spec.outputs],
         dynamic_axes={tensor.name: tensor.dynamic_axes for tensor in (*spec.inputs, *spec.outputs)},
     )
     return onnx.load_from_string(file.getvalue())
 
 
-def _weightless(module: nn.Module) -> nn.Module:
-    """Replace every parameter and buffer by a tensor of the same shape with zero strides: one element of memory."""
-    for child in module.modules():
-        child._non_persistent_buffers_set.clear()  # buffers outside the state dict would be traced as constants
-        held: tuple[dict[str, Any], ...] = (child._parameters, child._buffers)  # keeps names and registration order
-        for tensors in held:
-            for name, tensor in tensors.items():
-                if tensor is not None:
-                    spread = torch.zeros((), dtype=tensor.dtype).expand(tensor.shape)
-                    is_parameter = isinstance(tensor, nn.Parameter)
-                    tensors[name] = nn.Parameter(spread, requires_grad=False) if is_parameter else spread
-    return module
+class _WeightsAsInputs(nn.Module):
+    """A module whose parameters and buffers are arguments after its own: the exporter copies parameters, never inputs.
+
+    weights: name -> meta tensor, in the order of the arguments.
+    """
+
+    def __init__(self, module: nn.Module, own_inputs: int) -> None:
+        super().__init__()
+        self._own_inputs = own_inputs
+        self._module = (module,)  # in a tuple, so that it is no submodule and adds nothing to the names of its parts
+        for name, child in module.named_children():
+            self.add_module(name, child)
+        named = [*module.named_parameters(), *module.named_buffers()]
+        self.weights = {name: tensor.detach() for name, tensor in named}
+        self._places: list[tuple[dict[str, Any], str]] = []  # where each weight belongs while the module runs
+        for slot in self.weights:
+            path, _, name = slot.rpartition(".")
+            child = module.get_submodule(path)
+            self._places.append((child._parameters if name in child._parameters else child._buffers, name))
+        self._put([None] * len(self._places))
+
+    def forward(self, *tensors: torch.Tensor) -> Any:
+        self._put(tensors[self._own_inputs :])
+        try:
+            return self._module[0](*tensors[: self._own_inputs])
+        finally:
+            self._put([None] * len(self._places))
+
+    def _put(self, tensors: Sequence[torch.Tensor | None]) -> None:
+        for (held, name), tensor in zip(self._places, tensors, strict=True):
+            held[name] = tensor
 
 
 def _tidy(exported: onnx.ModelProto, spec: GraphSpec, slots: tuple[str, ...], opset: int) -> onnx.ModelProto:
@@ -191,9 +209,9 @@ def _constants_to_initializers(graph: onnx.GraphProto) -> None:
     graph.initializer.extend(constants)
 
 
-def _example(tensor: TensorSpec, device: str) -> torch.Tensor:
+def _example(tensor: TensorSpec) -> torch.Tensor:
     shape = [TRACED_LENGTHS[size] if isinstance(size, str) else size for size in tensor.shape]
-    return torch.zeros(shape, dtype=getattr(torch, tensor.dtype), device=device)
+    return torch.zeros(shape, dtype=getattr(torch, tensor.dtype), device="meta")
 
 
 def _value_info(tensor: TensorSpec) -> onnx.ValueInfoProto:

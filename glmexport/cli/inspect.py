@@ -54,7 +54,8 @@ def _print(summary: dict[str, Any]) -> None:
     console = output.console()
     for key, value in summary.items():
         if key != "parts":
-            text = ", ".join(f"{name} {item}" for name, item in value.items()) if isinstance(value, dict) else value
+            items = [f"{name} {item}" for name, item in value.items()] if isinstance(value, dict) else value
+            text = ", ".join(items) if isinstance(items, list) else items
             console.print(f"{key:<14}{text}", markup=False)
     listing = output.table("part", "parameters", "bytes", "", "dtypes", right=("parameters", "bytes", ""))
     for part in summary["parts"]:

@@ -71,7 +71,8 @@ def run() -> None:
         error.show()
         sys.exit(error.exit_code)
     except GlmExportError as error:
-        click.echo(f"{click.style('Error:', fg='red')} {error}", err=True)
+        colour = False if os.environ.get("NO_COLOR") else None  # None: as the terminal can
+        click.echo(f"{click.style('Error:', fg='red')} {error}", err=True, color=colour)
         sys.exit(2)
     except BrokenPipeError:
         # whoever read our output has seen enough; keep Python from complaining about it at exit

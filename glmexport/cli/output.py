@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -46,7 +47,9 @@ def notifier(quiet: bool) -> Callable[[str], None]:
 
     def notify(message: str) -> None:
         if not quiet:
-            click.echo(f"{click.style('Note:', fg='yellow')} {message}", err=True)
+            coloured = sys.stderr.isatty() and not os.environ.get("NO_COLOR")
+            # print, not click.echo: a progress bar stands in for sys.stderr to keep notices above itself
+            print(f"{click.style('Note:', fg='yellow') if coloured else 'Note:'} {message}", file=sys.stderr)
 
     return notify
 

@@ -13,7 +13,20 @@ from glmexport.graph_lint import OPSETS
 from glmexport.interface import ARGMAX_MODES
 
 
-@click.command(name="split")
+class SplitCommand(click.Command):
+    """`--argmax` takes a value or none: a following word that is no mode is the next argument."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Make a bare `--argmax` the value `also`."""
+        following = [*args[1:], ""]
+        pairs = zip(args, following, strict=True)
+        return super().parse_args(
+            ctx,
+            ["--argmax=also" if word == "--argmax" and after not in ARGMAX_MODES else word for word, after in pairs],
+        )
+
+
+@click.command(name="split", cls=SplitCommand)
 @click.argument("checkpoint")
 @click.option("-o", "--output", "bundle", required=True, type=click.Path(path_type=Path), help="Directory to make.")
 @output.revision_option
@@ -27,8 +40,6 @@ from glmexport.interface import ARGMAX_MODES
 @click.option(
     "--argmax",
     type=click.Choice(ARGMAX_MODES),
-    is_flag=False,
-    flag_value="also",
     default="none",
     show_default=True,
     help="Add the greedy `token_id` to the LM head, or give it alone (`only`).",

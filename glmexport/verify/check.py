@@ -10,12 +10,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from glmexport import interface, names
+from glmexport import names
 from glmexport.bundle import Bundle, check_files
 from glmexport.checkpoint import Checkpoint
 from glmexport.errors import BundleError
 from glmexport.graph_lint import lint_graph
-from glmexport.interface import GraphSpec
+from glmexport.interface import graph_spec
 from glmexport.onnx_files import external_tensors, load_graph, read_band
 from glmexport.session import Session
 from glmexport.verify.cases import Case, make_cases
@@ -73,20 +73,6 @@ def progress_total(bundle: Bundle, steps: int = DEFAULT_STEPS) -> int:
     return len(bundle.files) + graphs + (steps + 1) * graphs + graphs
 
 
-def graph_spec(bundle: Bundle, graph: Mapping[str, Any]) -> GraphSpec:
-    """The signature that a graph of this bundle must have."""
-    kinds = {
-        names.KIND_EMBEDDING: interface.embedding_spec(bundle.config),
-        names.KIND_BLOCK: interface.block_spec(bundle.config),
-        names.KIND_HEAD: interface.head_spec(bundle.config, bundle.argmax),
-    }
-    if graph.get("kind") not in kinds:
-        raise BundleError(
-            f"The manifest gives {graph['name']} the kind {graph.get('kind')!r}, expected one of {list(kinds)}."
-        )
-    return kinds[graph["kind"]]
-
-
 def _check_same_model(bundle: Bundle, checkpoint: Checkpoint) -> None:
     if bundle.manifest.get("architecture") != checkpoint.patch.name or bundle.config != checkpoint.config:
         ours, theirs = vars(bundle.config), vars(checkpoint.config)
@@ -101,7 +87,8 @@ def _lint(bundle: Bundle, advance: Advance) -> Iterator[Row]:
     failed = False
     for graph in bundle.graphs:
         try:
-            complaints = lint_graph(bundle.path(graph["file"]), graph_spec(bundle, graph), bundle.opset)
+            spec = graph_spec(graph["name"], bundle.config, bundle.argmax)
+            complaints = lint_graph(bundle.path(graph["file"]), spec, bundle.opset)
         except BundleError as error:
             complaints = [str(error)]
         advance(f"lint {graph['name']}")
