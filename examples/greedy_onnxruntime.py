@@ -1,7 +1,7 @@
 """Greedy decoding of a bundle with nothing but onnxruntime and the bundle's manifest.
 
-    glmexport split examples/chatglm-6b-tiny -o out/demo
-    python examples/greedy_onnxruntime.py out/demo 371 1064 949 1501 1504
+glmexport split examples/chatglm-6b-tiny -o out/demo
+python examples/greedy_onnxruntime.py out/demo 371 1064 949 1501 1504
 """
 
 from __future__ import annotations

@@ -95,7 +95,7 @@ def open_bundle(directory: Path) -> Bundle:
     except OSError as error:
         raise BundleError(f"{path} could not be read: {error.strerror}.") from error
     for name in files:
-        plain = Path(name).name == name and name.isprintable() and len(name) < MAX_NAME
+        plain = Path(name).name == name and name.isprintable() and 0 < len(name) < MAX_NAME
         if not plain or name in (".", "..", names.MANIFEST):
             raise BundleError(f"{path} lists the file {name!r:.80}, expected plain names of files beside the manifest.")
     unlisted = sorted({graph[key] for graph in graphs for key in ("file", "data")} - set(files))
@@ -265,16 +265,17 @@ class BundleWriter:
 
 def check_output(output: Path, *, force: bool) -> None:
     """Raise BundleError unless a bundle may be put there: nothing exists, or with `force` a bundle or empty folder."""
-    if output.is_symlink() or (output.exists() and not output.is_dir()):
-        raise BundleError(f"{output} exists and is not a directory; choose another output.")
-    if not output.exists():
-        return
-    if not force:
-        raise BundleError(f"{output} exists already; choose another output, or --force to replace a bundle.")
-    if any(output.iterdir()) and not _is_ours(output / names.MANIFEST):
-        raise BundleError(
-            f"{output} is neither empty nor a bundle, so --force does not replace it; choose another output."
-        )
+    with _sentences(output):
+        if output.is_symlink() or (output.exists() and not output.is_dir()):
+            raise BundleError(f"{output} exists and is not a directory; choose another output.")
+        if not output.exists():
+            return
+        if not force:
+            raise BundleError(f"{output} exists already; choose another output, or --force to replace a bundle.")
+        if any(output.iterdir()) and not _is_ours(output / names.MANIFEST):
+            raise BundleError(
+                f"{output} is neither empty nor a bundle, so --force does not replace it; choose another output."
+            )
 
 
 def _is_ours(manifest: Path) -> bool:

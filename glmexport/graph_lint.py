@@ -109,7 +109,7 @@ def _initializers(model: onnx.ModelProto, path: Path) -> Iterator[str]:
 
 
 def _baked_lengths(model: onnx.ModelProto, spec: GraphSpec) -> Iterator[str]:
-    """Infer the output shapes anew from the inputs alone: a length baked anywhere surfaces as a number there."""
+    """Infer the output shapes anew from the inputs alone: a baked length surfaces as a number, swapped axes by name."""
     bare = onnx.ModelProto()
     bare.CopyFrom(model)
     del bare.graph.value_info[:]
@@ -120,11 +120,14 @@ def _baked_lengths(model: onnx.ModelProto, spec: GraphSpec) -> Iterator[str]:
     except onnx.shape_inference.InferenceError as error:
         yield f"fails shape inference: {str(error).splitlines()[0]}"
         return
+    known = {name for tensor in spec.inputs for name in tensor.dynamic_axes.values()}
     for value, expected in zip(inferred.graph.output, spec.outputs, strict=False):
         dims = value.type.tensor_type.shape.dim
         for axis, name in expected.dynamic_axes.items():
             if axis < len(dims) and dims[axis].HasField("dim_value"):
                 yield f"output {value.name} always has {dims[axis].dim_value} on axis {axis}, expected {name!r}."
+            elif axis < len(dims) and dims[axis].dim_param in known - {name}:
+                yield f"output {value.name} has {dims[axis].dim_param!r} on axis {axis}, expected {name!r}."
 
 
 def _checker(path: Path) -> Iterator[str]:

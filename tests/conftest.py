@@ -11,11 +11,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from checkpoints import write_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN_CHECKPOINT = ROOT / "examples" / "chatglm-6b-tiny"
 GOLDEN_DATA = ROOT / "tests" / "data" / "chatglm-6b-tiny"
+
+torch.set_num_threads(1)  # the models are tiny, and workers share the cores
 
 
 @pytest.fixture(scope="session")

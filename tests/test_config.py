@@ -159,7 +159,9 @@ def test_every_wrong_key_is_named():
     assert "\n" not in text
 
 
-@pytest.mark.parametrize("key", sorted(set(FULL_SIZE) - {"model_type", "mask_token_id", "gmask_token_id", "pad_token_id"}))
+@pytest.mark.parametrize(
+    "key", sorted(set(FULL_SIZE) - {"model_type", "mask_token_id", "gmask_token_id", "pad_token_id"})
+)
 def test_a_missing_key_is_the_only_complaint(key):
     text = complaints({name: value for name, value in FULL_SIZE.items() if name != key})
     assert f"`{key}` must be" in text

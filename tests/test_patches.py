@@ -9,6 +9,8 @@ import json
 import pytest
 import torch
 from click.testing import CliRunner
+from glmexport.patches import _attention, _linear, _modules, _rope
+from glmexport.patches.chatglm_6b import CHATGLM_6B
 from tolerances import PATCHED_ABSOLUTE, PATCHED_RELATIVE
 from torch import nn
 
@@ -19,9 +21,6 @@ from glmexport.equivalence import check_patch
 from glmexport.errors import ExportError
 from glmexport.models import chatglm_6b as reference
 from glmexport.patch import Transform, all_patches
-from glmexport.patches import _attention, _linear, _modules, _rope
-from glmexport.patches.chatglm_6b import CHATGLM_6B
-from glmexport.prompt import prepare_prompt
 
 CONFIG = ModelConfig("chatglm-6b", 64, 48, 2, 3, 80, 2048, 1e-5, 0, SpecialIds(50, 51, 54, 55, 3))
 HEADS, HEAD_DIM = CONFIG.num_heads, CONFIG.head_dim
@@ -139,9 +138,7 @@ def test_rotary_by_angle_looks_nothing_up(unpatched):
     seq, batch = torch.export.Dim("seq"), torch.export.Dim("batch")
     inputs, dynamic = (states, states, positions()), ({0: seq, 1: batch}, {0: seq, 1: batch}, {0: batch, 2: seq})
     path = "transformer.layers.0.attention.rotary_emb"
-    operators, _ = exported_operators(
-        patched_by(unpatched, "rotary-by-angle").get_submodule(path), inputs, dynamic
-    )
+    operators, _ = exported_operators(patched_by(unpatched, "rotary-by-angle").get_submodule(path), inputs, dynamic)
     for lookup in ("embedding", "index", "gather", "max", "arange", "item", "view"):
         assert not any(lookup in operator for operator in operators), (lookup, operators)
     assert {"aten.cos.default", "aten.sin.default"} <= operators
@@ -433,7 +430,9 @@ BROKEN = {
     "exact frequencies": ("rotary-by-angle", broken_rotary(lambda m: _rope.AngleRotary2D(exact(m)))),
     "frequencies of the whole head": (
         "rotary-by-angle",
-        broken_rotary(lambda m: _rope.AngleRotary2D(reference.inverse_frequencies(m.head_dim, "cpu")[: m.head_dim // 4])),
+        broken_rotary(
+            lambda m: _rope.AngleRotary2D(reference.inverse_frequencies(m.head_dim, "cpu")[: m.head_dim // 4])
+        ),
     ),
     "mask that shows": ("matmul-attention", broken_attention(ShowingMask)),
     "mask left out": ("matmul-attention", broken_attention(NoMask)),
@@ -452,9 +451,7 @@ BROKEN = {
 @pytest.mark.parametrize("slip", BROKEN)
 def test_a_broken_transform_is_noticed(slip):
     name, broken = BROKEN[slip]
-    transforms = tuple(
-        Transform(t.name, t.summary, broken) if t.name == name else t for t in CHATGLM_6B.transforms
-    )
+    transforms = tuple(Transform(t.name, t.summary, broken) if t.name == name else t for t in CHATGLM_6B.transforms)
     with pytest.raises(ExportError, match=r"The patched chatglm-6b differs from the unpatched one by (\d|inf)"):
         check_patch(dataclasses.replace(CHATGLM_6B, transforms=transforms), CONFIG)
 

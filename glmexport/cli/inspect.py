@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from rich.markup import escape
 
 from glmexport.cli import output
 
@@ -60,7 +61,11 @@ def _print(summary: dict[str, Any]) -> None:
     listing = output.table("part", "parameters", "bytes", "", "dtypes", right=("parameters", "bytes", ""))
     for part in summary["parts"]:
         listing.add_row(
-            part["name"], f"{part['parameters']:,}", f"{part['bytes']:,}", output.size(part["bytes"]), part["dtypes"]
+            part["name"],
+            f"{part['parameters']:,}",
+            f"{part['bytes']:,}",
+            output.size(part["bytes"]),
+            escape(part["dtypes"]),
         )
     totals = [sum(part[key] for part in summary["parts"]) for key in ("parameters", "bytes")]
     listing.add_row("total", f"{totals[0]:,}", f"{totals[1]:,}", output.size(totals[1]), style="bold")

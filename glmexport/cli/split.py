@@ -19,7 +19,7 @@ class SplitCommand(click.Command):
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Make a bare `--argmax` the value `also`."""
         following = [*args[1:], ""]
-        pairs = zip(args, following, strict=True)
+        pairs = zip(args, following, strict=False)  # without arguments only the filler is there
         return super().parse_args(
             ctx,
             ["--argmax=also" if word == "--argmax" and after not in ARGMAX_MODES else word for word, after in pairs],
@@ -104,6 +104,7 @@ def _print_plan(files: dict[str, int], disk: int, memory: int, bundle: Path) -> 
     place = bundle.absolute().parent
     while not place.exists():
         place = place.parent
-    console.print(f"disk needed  {output.size(disk)}, free {output.size(shutil.disk_usage(place).free)} in {place}")
+    free = output.size(shutil.disk_usage(place).free)
+    console.print(f"disk needed  {output.size(disk)}, free {free} in {place}", markup=False)
     console.print(f"peak memory  about {output.size(memory)}")
     console.print("Graph files and the manifest are estimates, external data is exact; nothing was written.")

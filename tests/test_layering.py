@@ -1,0 +1,135 @@
+"""Who may import whom: each file imports strictly lower layers, and what must run without torch imports none."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+LAYERS = (
+    ("errors", "names"),
+    ("config", "export_ops", "hub", "onnx_files", "untrusted", "verify.report", "verify.tolerances"),
+    ("interface", "patch", "prompt", "weight_files", "models.chatglm_6b"),
+    ("bundle", "graph_lint", "graphs", "weights", "verify.cases", "patches"),
+    ("checkpoint", "equivalence", "session", "trace"),
+    ("inventory", "split", "verify.reference"),
+    ("verify.check",),
+    ("verify",),
+    ("cli.output",),
+    ("cli.inspect", "cli.patches", "cli.verify"),
+    ("cli.split",),
+    ("cli.main",),
+    ("__main__",),
+)
+"""Bottom first. A command is a file by itself: `split --verify` is the one place where two meet."""
+
+FREE = ("", "models", "cli")  # packages that hold nothing but their docstring and version; anybody may import them
+LAYER_OF = {name: number for number, layer in enumerate(LAYERS) for name in layer}
+PATCHES_MAY = ("config", "errors", "export_ops", "interface", "names", "onnx_files", "patch", "models.chatglm_6b")
+WITHOUT_TORCH = ("bundle", "config", "errors", "interface", "names", "onnx_files", "prompt", "session", "graph_lint")
+FILES = sorted([*ROOT.glob("glmexport/**/*.py"), *ROOT.glob("patches/*.py")])
+
+
+def module_of(path: Path) -> str:
+    """`glmexport/verify/check.py` -> `verify.check`; every file of patches/ -> `patches`."""
+    if path.parent.name == "patches":
+        return "patches"
+    parts = path.relative_to(ROOT / "glmexport").with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imports(path: Path) -> set[str]:
+    """Modules of glmexport that a file imports anywhere, inside functions too, without the leading `glmexport.`."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            names = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= {name if is_module(name) else str(node.module) for name in names}
+    return {name.removeprefix("glmexport").removeprefix(".") for name in found if name.split(".")[0] == "glmexport"}
+
+
+def is_module(name: str) -> bool:
+    path = ROOT.joinpath(*name.split("."))
+    return path.with_suffix(".py").is_file() or (path / "__init__.py").is_file() or name == "glmexport.patches"
+
+
+def test_the_table_names_every_file_once():
+    assert len(LAYER_OF) == sum(map(len, LAYERS))
+    assert {module_of(path) for path in FILES} - {*FREE} == set(LAYER_OF)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_file_imports_lower_layers_only(path):
+    own = module_of(path)
+    used = imports(path) - {*FREE}
+    if own in FREE:
+        assert not used
+        return
+    wrong = {name: LAYER_OF.get(name) for name in used if LAYER_OF.get(name, len(LAYERS)) >= LAYER_OF[own]}
+    assert not wrong, f"layer {LAYER_OF[own]} imports {wrong}"
+
+
+@pytest.mark.parametrize("name", sorted(name for name in LAYER_OF if name != "patches"))
+def test_no_file_stands_higher_than_it_must(name):
+    """The table stays true: a file is in the first layer above all that it imports, or beside its peers."""
+    path = ROOT / "glmexport" / Path(*name.split("."))
+    path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+    needed = 1 + max((LAYER_OF[used] for used in imports(path) - {*FREE}), default=-1)
+    if not name.startswith(("cli", "__main__")):  # the command line stands above everything by decision
+        assert LAYER_OF[name] <= max(needed, 1)
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("patches/*.py")), ids=lambda path: path.name)
+def test_patches_import_the_lower_core_and_siblings_relatively(path):
+    assert imports(path) <= {*PATCHES_MAY, "models"}
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            assert node.level == 1, "siblings only"
+
+
+def test_the_core_reaches_the_patches_in_one_line():
+    mentions = [
+        f"{path.name}: {line.strip()}"
+        for path in ROOT.glob("glmexport/**/*.py")
+        for line in path.read_text("utf-8").splitlines()
+        if "import" in line and ("glmexport.patches" in line or "from .patches" in line)
+    ]
+    assert mentions == ['patch.py: patches = importlib.import_module("glmexport.patches").PATCHES']
+
+
+def test_relative_imports_are_for_patches_only():
+    for path in ROOT.glob("glmexport/**/*.py"):
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            assert not (isinstance(node, ast.ImportFrom) and node.level), path
+
+
+def test_only_trace_calls_the_exporter():
+    callers = {
+        path.name
+        for path in FILES
+        for node in ast.walk(ast.parse(path.read_text("utf-8")))
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.onnx.export"
+    }
+    assert callers == {"trace.py"}
+
+
+def test_what_runs_a_bundle_needs_no_torch():
+    """In an interpreter that cannot import torch."""
+    code = "import sys; sys.modules['torch'] = None\n" + "\n".join(f"import glmexport.{name}" for name in WITHOUT_TORCH)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("name", WITHOUT_TORCH)
+def test_no_torch_in_the_text_either(name):
+    path = ROOT / "glmexport" / f"{name}.py"
+    tree = ast.parse(path.read_text("utf-8"))
+    modules = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    modules |= {str(node.module) for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    assert not {module for module in modules if module.split(".")[0] == "torch"}

@@ -1,0 +1,513 @@
+"""Verification passes a good bundle and fails every bundle that was changed, however it was changed."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from checkpoints import write_checkpoint
+from conftest import record_again, split_directory
+from hypothesis import given
+from hypothesis import strategies as st
+from onnx import TensorProto
+
+from glmexport.bundle import open_bundle
+from glmexport.checkpoint import open_checkpoint
+from glmexport.config import ModelConfig, SpecialIds
+from glmexport.errors import BundleError
+from glmexport.onnx_files import ExternalTensor, external_tensors, load_graph
+from glmexport.session import Session
+from glmexport.trace import TRACED_LENGTHS
+from glmexport.verify import Report, Row, progress_total, verify
+from glmexport.verify.cases import make_cases
+from glmexport.verify.tolerances import TOLERANCES
+
+STEPS = 2
+
+
+@pytest.fixture
+def check(small_checkpoint):
+    """Verify a directory against the small checkpoint, or another."""
+
+    def run(directory: Path, checkpoint: Path = small_checkpoint, steps: int = STEPS) -> Report:
+        with open_checkpoint(checkpoint) as source:
+            return verify(open_bundle(directory), source, steps=steps)
+
+    return run
+
+
+def failed(report: Report) -> set[tuple[str, str]]:
+    return {(row.graph, row.case) for row in report.failures}
+
+
+def cases_of(report: Report, graph: str) -> set[str]:
+    return {case for found, case in failed(report) if found == graph}
+
+
+NUMERIC = {"shortest", "short", "long", "infill", "batch", "last positions"}
+
+
+# A good bundle
+
+
+def test_a_good_bundle_passes(check, small_bundle):
+    report = check(small_bundle)
+    assert report.passed
+    assert report.failures == []
+    assert report.greedy[0] == report.greedy[1] == 7 * (STEPS + 1), "six cases, one of them with two rows"
+    assert report.worst < 1e-4
+    seen = {(row.graph, row.case) for row in report.rows}
+    graphs = {"embedding", "glm_block_0", "glm_block_1", "lm"}
+    assert seen >= {(graph, case) for graph in graphs for case in {*NUMERIC, "weights"}}
+    assert seen >= {("chain", case) for case in NUMERIC} | {("all", "files"), ("all", "lint")}
+    exact = {row.graph: row for row in report.rows if row.case == "weights"}
+    assert exact["glm_block_0"].detail == "12 tensors equal bit for bit"
+
+
+def test_the_golden_bundle_passes(golden_bundle, golden_checkpoint, check):
+    report = check(golden_bundle, golden_checkpoint)
+    assert report.passed
+    assert report.worst < 1e-4
+
+
+@pytest.mark.parametrize("argmax", ["also", "only"])
+def test_argmax_modes_pass(check, small_checkpoint, shared, argmax):
+    bundle = shared(f"argmax-{argmax}", lambda path: split_directory(small_checkpoint, path, argmax=argmax, opset=14))
+    report = check(bundle)
+    assert report.passed
+    assert report.greedy == (7 * (STEPS + 1), 7 * (STEPS + 1))
+
+
+@pytest.mark.parametrize("argmax", ["also", "only"])
+def test_a_head_that_gives_the_least_token_fails(check, small_checkpoint, shared, tmp_path, argmax):
+    bundle = shared(f"argmax-{argmax}", lambda path: split_directory(small_checkpoint, path, argmax=argmax, opset=14))
+    copy = shutil.copytree(bundle, tmp_path / "copy")
+    edit(copy, "lm.onnx", lambda model: rename_operator(model, "ArgMax", "ArgMin"))
+    report = check(copy)
+    assert cases_of(report, "lm") == NUMERIC
+    assert cases_of(report, "chain") == NUMERIC
+    assert report.greedy[0] == 0
+
+
+def test_progress_is_told_as_often_as_promised(small_bundle, small_checkpoint):
+    told: list[str] = []
+    bundle = open_bundle(small_bundle)
+    with open_checkpoint(small_checkpoint) as source:
+        verify(bundle, source, steps=STEPS, advance=told.append)
+    assert len(told) == progress_total(bundle, STEPS)
+
+
+def test_the_report_is_plain_json(check, small_bundle):
+    report = check(small_bundle)
+    document = json.loads(json.dumps(report.as_json(), allow_nan=False))
+    assert document["passed"] is True
+    assert len(document["rows"]) == len(report.rows)
+    assert document["rows"][0] == {
+        "graph": "all",
+        "case": "files",
+        "passed": True,
+        "max_abs_error": None,
+        "relative_error": None,
+        "detail": report.rows[0].detail,
+    }
+
+
+def test_a_model_that_does_not_stay_in_memory(check, small_bundle, monkeypatch):
+    """With room for a single graph the same numbers come out."""
+    monkeypatch.setattr("glmexport.verify.check.RESIDENT_BYTES", 1)
+    opened: list[str] = []
+    load = Session._load
+
+    def counting(self: Session, graph: str):
+        opened.append(graph)
+        assert not self._open, "one graph at a time"
+        return load(self, graph)
+
+    monkeypatch.setattr(Session, "_load", counting)
+    assert check(small_bundle).passed
+    assert len(opened) > 4
+
+
+# Damage that only the comparison can find: sizes and hashes in the manifest are made to fit
+
+
+def edit(bundle: Path, name: str, change: Callable[[onnx.ModelProto], None]) -> None:
+    model = onnx.load(bundle / name, load_external_data=False)
+    change(model)
+    (bundle / name).write_bytes(model.SerializeToString())
+    record_again(bundle, name)
+
+
+def stored(bundle: Path, graph: str, ending: str) -> ExternalTensor:
+    tensors = external_tensors(load_graph(bundle / f"{graph}.onnx"), graph)
+    return next(tensor for tensor in tensors if tensor.name.endswith(ending))
+
+
+def edit_weight(bundle: Path, graph: str, ending: str, change: Callable[[np.ndarray], None]) -> None:
+    tensor = stored(bundle, graph, ending)
+    path = bundle / tensor.location
+    content = bytearray(path.read_bytes())
+    values = np.frombuffer(content, np.float32, math.prod(tensor.shape), tensor.offset)
+    change(values)
+    path.write_bytes(content)
+    record_again(bundle, tensor.location)
+
+
+def flip_sign(values: np.ndarray) -> None:
+    values[len(values) // 2] *= -1
+
+
+def flip_low_bit(values: np.ndarray) -> None:
+    values.view(np.uint32)[-1] ^= 1
+
+
+def make_nan(values: np.ndarray) -> None:
+    values[0] = np.nan
+
+
+def rename_operator(model: onnx.ModelProto, old: str, new: str) -> None:
+    node = next(node for node in model.graph.node if node.op_type == old)
+    node.op_type = new
+
+
+def reader(model: onnx.ModelProto, name: str) -> onnx.NodeProto:
+    (node,) = (node for node in model.graph.node if name in node.input)
+    return node
+
+
+def insert_before(model: onnx.ModelProto, name: str, op_type: str, *more: str, **attributes: object) -> None:
+    """Put an operator between a value and the one node that reads it."""
+    node = reader(model, name)
+    node.input[list(node.input).index(name)] = "changed"
+    position = list(model.graph.node).index(node)
+    model.graph.node.insert(position, onnx.helper.make_node(op_type, [name, *more], ["changed"], **attributes))
+
+
+def add_constant(model: onnx.ModelProto, name: str, value: np.ndarray) -> str:
+    model.graph.initializer.append(onnx.numpy_helper.from_array(value, name))
+    return name
+
+
+def inverted_mask(model: onnx.ModelProto) -> None:
+    insert_before(model, "attention_mask", "Not")
+
+
+def positions_off_by_one(model: onnx.ModelProto) -> None:
+    one = add_constant(model, "one_more", np.array(1, np.int64))
+    insert_before(model, "position_ids", "Add", one)
+
+
+def swapped_position_rows(model: onnx.ModelProto) -> None:
+    order = add_constant(model, "other_order", np.array([1, 0]))
+    insert_before(model, "position_ids", "Gather", order, axis=1)
+
+
+def swapped_cache(model: onnx.ModelProto) -> None:
+    """Values first in the cache, in and out: the block alone stays consistent."""
+    order = add_constant(model, "values_first", np.array([1, 0]))
+    insert_before(model, "past_key_values", "Gather", order, axis=0)
+    producer = next(node for node in model.graph.node if "presents" in node.output)
+    for node in model.graph.node:
+        for names in (node.input, node.output):
+            for i, name in enumerate(names):
+                if name == "presents":
+                    names[i] = "keys_first"
+    assert "keys_first" in producer.output
+    model.graph.node.append(onnx.helper.make_node("Gather", ["keys_first", order], ["presents"], axis=0))
+
+
+def first_position(model: onnx.ModelProto) -> None:
+    """The head's Gather takes the hidden states of place 0 instead of the last one."""
+    node = next(node for node in model.graph.node if node.op_type == "Gather")
+    index = next(tensor for tensor in model.graph.initializer if tensor.name == node.input[1])
+    assert onnx.numpy_helper.to_array(index) == -1
+    index.CopyFrom(onnx.numpy_helper.from_array(np.zeros_like(onnx.numpy_helper.to_array(index)), index.name))
+
+
+def doubled_layer_scale(model: onnx.ModelProto) -> None:
+    scale = next(tensor for tensor in model.graph.initializer if tensor.name.endswith("layer_scale"))
+    value = onnx.numpy_helper.to_array(scale) * 2
+    scale.CopyFrom(onnx.numpy_helper.from_array(value, scale.name))
+
+
+def other_epsilon(model: onnx.ModelProto) -> None:
+    node = next(node for node in model.graph.node if node.op_type == "LayerNormalization")
+    next(attribute for attribute in node.attribute if attribute.name == "epsilon").f = 1e-3
+
+
+def constant_close_to(value: float, instead: float) -> Callable[[onnx.ModelProto], None]:
+    """Change one float constant of the graph."""
+
+    def change(model: onnx.ModelProto) -> None:
+        for tensor in model.graph.initializer:
+            if tensor.data_location != TensorProto.EXTERNAL and tensor.data_type == TensorProto.FLOAT:
+                array = onnx.numpy_helper.to_array(tensor)
+                if array.size == 1 and abs(float(array.ravel()[0]) - value) < 1e-6 * abs(value):
+                    changed = np.full_like(array, instead)
+                    tensor.CopyFrom(onnx.numpy_helper.from_array(changed, tensor.name))
+                    return
+        raise AssertionError(f"no constant {value}")
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("graph", "ending"),
+    [
+        ("embedding", "word_embeddings.weight"),
+        ("glm_block_0", "attention.query_key_value.weight"),
+        ("glm_block_1", "mlp.dense_4h_to_h.weight"),
+        ("glm_block_1", "input_layernorm.weight"),
+        ("lm", "lm_head.weight"),
+        ("lm", "final_layernorm.bias"),
+    ],
+)
+@pytest.mark.parametrize("change", [flip_sign, flip_low_bit, make_nan])
+def test_one_changed_weight(check, small_copy, graph, ending, change):
+    """A sign, the last bit of a mantissa and a NaN; the comparison bit by bit misses none."""
+    edit_weight(small_copy, graph, ending, change)
+    report = check(small_copy, steps=1)
+    rows = [row for row in report.failures if row.case == "weights"]
+    assert [row.graph for row in rows] == [graph]
+    assert rows[0].detail.endswith(ending)
+    if change is make_nan and ending != "word_embeddings.weight":
+        assert cases_of(report, graph) >= NUMERIC
+        assert math.isnan(report.worst)
+        json.dumps(report.as_json(), allow_nan=False)
+
+
+def test_a_changed_weight_is_seen_in_the_numbers_too(check, small_copy):
+    edit_weight(small_copy, "glm_block_0", "attention.dense.bias", flip_sign)
+    report = check(small_copy)
+    assert cases_of(report, "glm_block_0") == {*NUMERIC, "weights"}
+    assert cases_of(report, "glm_block_1") == set(), "the next block is given the reference's hidden states"
+    assert cases_of(report, "chain")
+
+
+@pytest.mark.parametrize("ending", ["rotary_emb.inv_freq"])
+def test_changed_frequencies(check, small_copy, ending):
+    """They are computed, not read, so that only the numbers can show it."""
+    edit_weight(small_copy, "glm_block_1", ending, lambda values: values.__setitem__(-1, values[-1] * 1.001))
+    report = check(small_copy)
+    assert cases_of(report, "glm_block_1") & NUMERIC
+
+
+def test_mask_polarity(check, small_copy):
+    edit(small_copy, "glm_block_1.onnx", inverted_mask)
+    report = check(small_copy)
+    assert cases_of(report, "glm_block_1") >= NUMERIC - {"shortest"}
+    assert cases_of(report, "glm_block_0") == set()
+
+
+def test_positions_off_by_one(check, small_copy):
+    """Rotation is relative, so hidden states hide it; the keys in the cache show it."""
+    edit(small_copy, "glm_block_0.onnx", positions_off_by_one)
+    report = check(small_copy)
+    assert cases_of(report, "glm_block_0") == NUMERIC
+    assert cases_of(report, "chain") == set(), "this is why the cache is compared and not only the tokens"
+
+
+def test_swapped_position_rows(check, small_copy):
+    edit(small_copy, "glm_block_1.onnx", swapped_position_rows)
+    report = check(small_copy)
+    assert cases_of(report, "glm_block_1") == NUMERIC
+
+
+def test_swapped_blocks(check, small_copy):
+    """Files exchanged, with the names in them made to fit."""
+    first, second = "glm_block_0", "glm_block_1"
+    models = {name: (small_copy / f"{name}.onnx").read_bytes() for name in (first, second)}
+    data = {name: (small_copy / f"{name}.onnx.data").read_bytes() for name in (first, second)}
+    for name, other, number, old in ((first, second, b"0", b"1"), (second, first, b"1", b"0")):
+        content = models[other].replace(f"glm_block_{old.decode()}".encode(), f"glm_block_{number.decode()}".encode())
+        (small_copy / f"{name}.onnx").write_bytes(content.replace(b"layers." + old, b"layers." + number))
+        (small_copy / f"{name}.onnx.data").write_bytes(data[other])
+        record_again(small_copy, f"{name}.onnx", f"{name}.onnx.data")
+    report = check(small_copy)
+    for name in (first, second):
+        assert cases_of(report, name) == {*NUMERIC, "weights"}
+
+
+def test_swapped_cache(check, small_copy):
+    edit(small_copy, "glm_block_0.onnx", swapped_cache)
+    report = check(small_copy)
+    assert cases_of(report, "glm_block_0") == NUMERIC
+    assert cases_of(report, "chain") == set(), "the chain cannot see it, other programs that read the cache can"
+
+
+def test_the_first_position_instead_of_the_last(check, small_copy):
+    edit(small_copy, "lm.onnx", first_position)
+    report = check(small_copy)
+    assert cases_of(report, "lm") == NUMERIC
+
+
+def test_the_layer_scale_cancels_in_float32(check, small_copy):
+    """It divides the query and multiplies the scores; all that it changes is the reach of float16."""
+    edit(small_copy, "glm_block_1.onnx", doubled_layer_scale)
+    report = check(small_copy)
+    assert report.worst < 1e-4
+    assert cases_of(report, "glm_block_1") <= {"lint"}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        other_epsilon,
+        constant_close_to(math.sqrt(56), math.sqrt(2 * 2)),
+        constant_close_to(0.044715, 0.0),
+        constant_close_to(math.sqrt(16), 5.0),
+    ],
+    ids=["epsilon", "alpha of the actual number of blocks", "GELU", "head width"],
+)
+def test_other_constants(check, small_copy, change):
+    edit(small_copy, "glm_block_0.onnx", change)
+    assert cases_of(check(small_copy), "glm_block_0") & NUMERIC
+
+
+def test_an_embedding_that_is_not_turned(check, small_copy):
+    """[batch, seq] instead of [seq, batch] is found by the rules of the graphs already."""
+
+    def change(model: onnx.ModelProto) -> None:
+        transpose = next(node for node in model.graph.node if node.op_type == "Transpose")
+        transpose.op_type = "Identity"
+        del transpose.attribute[:]
+
+    edit(small_copy, "embedding.onnx", change)
+    report = check(small_copy)
+    assert failed(report) == {("embedding", "lint")}
+    assert "output inputs_embeds has 'batch' on axis 0, expected 'seq'." in report.failures[0].detail
+
+
+def test_a_graph_that_breaks_a_rule_is_not_run(check, small_copy, monkeypatch):
+    edit(small_copy, "lm.onnx", lambda model: setattr(model, "ir_version", 3))
+    monkeypatch.setattr(Session, "_load", lambda *_: pytest.fail("was run"))
+    report = check(small_copy)
+    assert failed(report) == {("lm", "lint")}
+    assert "IR version 3, expected 8" in report.failures[0].detail
+
+
+def test_a_graph_that_cannot_run(check, small_copy, monkeypatch):
+    def broken(self: Session, graph: str):
+        raise BundleError("lm.onnx could not be loaded: broken.")
+
+    monkeypatch.setattr(Session, "_load", broken)
+    report = check(small_copy)
+    assert failed(report) == {("all", "run")}
+
+
+# Files
+
+
+def all_files() -> list[str]:
+    graphs = ("embedding", "glm_block_0", "glm_block_1", "lm")
+    return [f"{graph}.onnx{ending}" for graph in graphs for ending in ("", ".data")]
+
+
+def test_the_list_of_files_is_complete(small_bundle):
+    assert sorted([*all_files(), "manifest.json"]) == sorted(path.name for path in small_bundle.iterdir())
+
+
+@pytest.mark.parametrize("name", all_files())
+@pytest.mark.parametrize("place", ["first", "middle", "last"])
+def test_a_flipped_bit_in_any_file(check, small_copy, name, place):
+    content = bytearray((small_copy / name).read_bytes())
+    content[{"first": 0, "middle": len(content) // 2, "last": -1}[place]] ^= 0x10
+    (small_copy / name).write_bytes(content)
+    report = check(small_copy)
+    assert [(row.graph, row.case) for row in report.failures] == [(name, "files")]
+    assert report.failures[0].detail == f"{name} was changed: its SHA-256 is not the manifest's."
+
+
+def test_missing_and_surplus_files(check, small_copy):
+    (small_copy / "lm.onnx.data").unlink()
+    (small_copy / "notes.txt").write_text("mine")
+    os.truncate(small_copy / "embedding.onnx.data", 4096)
+    report = check(small_copy)
+    assert {row.graph: row.detail for row in report.failures} == {
+        "lm.onnx.data": "lm.onnx.data is missing.",
+        "notes.txt": "notes.txt is not in the manifest.",
+        "embedding.onnx.data": "embedding.onnx.data has 4096 bytes, the manifest says 16384.",
+    }
+
+
+def test_another_checkpoint_of_the_same_shape(check, small_bundle, tmp_path):
+    other = write_checkpoint(tmp_path / "other", tokenizer=False, seed=8)
+    report = check(small_bundle, other)
+    assert cases_of(report, "glm_block_0") == {*NUMERIC, "weights"}
+    assert not report.passed
+
+
+def test_a_checkpoint_of_another_shape(check, small_bundle, tmp_path, golden_checkpoint):
+    with pytest.raises(
+        BundleError, match=r"was not made from .*: vocab_size 128 against 1856, hidden_size 32 against 64"
+    ):
+        check(small_bundle, golden_checkpoint)
+
+
+# Cases, report, tolerances
+
+
+def test_the_cases_cover_what_was_promised(golden_bundle):
+    config = open_bundle(golden_bundle).config
+    cases = {case.name: case for case in make_cases(config, 4)}
+    assert set(cases) == NUMERIC
+    lengths = {name: case.prompt.input_ids.shape[1] for name, case in cases.items()}
+    assert TRACED_LENGTHS["seq"] not in lengths.values()
+    assert lengths["shortest"] == 2
+    assert lengths["long"] > 60
+    assert cases["batch"].batch == 2
+    assert cases["batch"].prompt.pad_lengths.tolist() == [7, 0], "left padding"
+    ids = config.special_ids
+    assert ids.mask in cases["infill"].prompt.input_ids
+    assert ids.gmask not in cases["infill"].prompt.input_ids
+    _, positions = cases["last positions"].inputs(0)
+    assert positions[:, 0].max() == config.max_positions - 1
+    _, last = cases["last positions"].inputs(4)
+    assert last[0, 1, 0] == config.max_positions - 1 or last[0, 1, 0] == config.max_positions
+    assert positions[0, 1, 0] == 0, "the context keeps block position 0"
+
+
+@pytest.mark.parametrize("max_positions", [1, 2, 8, 70])
+def test_cases_of_models_with_few_positions(max_positions):
+    config = ModelConfig("x", 20, 8, 1, 2, 8, max_positions, 1e-5, 0, SpecialIds(15, 16, 17, 18, 3))
+    for case in make_cases(config, 2):
+        for step in range(3):
+            mask, positions = case.inputs(step)
+            assert positions.min() >= 0
+            assert mask.shape[-1] == case.prompt.input_ids.shape[1] + step
+
+
+ERRORS = st.one_of(st.none(), st.floats(min_value=0), st.just(float("nan")))
+
+
+@given(
+    st.lists(st.builds(Row, st.sampled_from("abc"), st.sampled_from("xy"), st.booleans(), ERRORS, ERRORS), max_size=8)
+)
+def test_reports(rows):
+    report = Report("bundle", "float32", rows)
+    assert report.passed == (bool(rows) and all(row.passed for row in rows))
+    assert set(map(id, report.failures)) <= set(map(id, report.worst_rows())), "no failure is hidden"
+    errors = [row.max_abs_error for row in rows if row.max_abs_error is not None]
+    expected = math.nan if any(map(math.isnan, errors)) else max(errors, default=0.0)
+    assert report.worst == expected or (math.isnan(report.worst) and math.isnan(expected))
+    json.dumps(report.as_json(), allow_nan=False)
+
+
+def test_nothing_found_is_no_pass():
+    assert not Report("bundle", "float32").passed
+
+
+def test_a_nan_is_never_within_bounds():
+    for tolerance in TOLERANCES.values():
+        assert tolerance.allows(tolerance.absolute, 1.0)
+        assert tolerance.allows(1.0, tolerance.relative)
+        assert not tolerance.allows(1.0, 1.0)
+        assert not tolerance.allows(math.nan, math.nan)
+        assert tolerance.reason
