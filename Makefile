@@ -29,10 +29,10 @@ types: $(STAMP)  ## mypy, strict
 	$(BIN)/mypy
 
 unit: $(STAMP)  ## the fast tests
-	$(BIN)/python -m pytest -n $(JOBS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 slow: $(STAMP)  ## the tests that take longer
-	$(BIN)/python -m pytest -n $(JOBS) -m slow
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m slow
 
 pipeline: $(STAMP)  ## inspect, split and verify CHECKPOINT=… into OUT=… (default: the example)
 	$(BIN)/glmexport inspect $(CHECKPOINT)

@@ -24,6 +24,7 @@ from glmexport.errors import BundleError
 from glmexport.interface import ARGMAX_MODES
 
 SCHEMA = 1
+MAX_COUNT = 1 << 62
 MAX_MANIFEST_BYTES = 16 << 20
 MAX_NAME = 200
 HASH_CHUNK = 1 << 22
@@ -122,10 +123,18 @@ def _parts_of(manifest: Any) -> tuple[ModelConfig, tuple[dict[str, Any], ...], d
     for graph in manifest["graphs"]:
         _demand(graph, name=str, kind=str, file=str, data=str, weights=str, parameters=int, inputs=list, outputs=list)
         _demand(graph, transposed=list)
+        if not all(isinstance(name, str) for name in graph["transposed"]):
+            raise TypeError("transposed holds something else than names")
+        if not 0 <= graph["parameters"] < MAX_COUNT or not graph["weights"].isprintable():
+            raise ValueError(f"{graph['name']!r:.80} has parameters or weights that no graph has")
         for tensor in (*graph["inputs"], *graph["outputs"]):
             _demand(tensor, name=str, dtype=str, shape=list)
     for entry in manifest["files"].values():
         _demand(entry, bytes=int, sha256=str)
+        if not 0 <= entry["bytes"] < MAX_COUNT:
+            raise ValueError("a file has a size that no file has")
+    if not manifest["architecture"].isprintable() or not 0 < config.layernorm_epsilon < 1:
+        raise ValueError("the architecture or the layernorm epsilon is none")
     files = {name: FileRecord(entry["bytes"], entry["sha256"]) for name, entry in manifest["files"].items()}
     return config, tuple(manifest["graphs"]), files
 
@@ -193,9 +202,11 @@ class BundleWriter:
         self._partial = self.output.with_name(f".{self.output.name}.partial")
         self._lock: int | None = None
         self._committed = False
+        self._made: list[Path] = []
 
     def __enter__(self) -> BundleWriter:
         with _sentences(self.output):
+            self._made = [parent for parent in self.output.parents if not parent.exists()]
             self._partial.mkdir(parents=True, exist_ok=True)
             self._lock = os.open(self._partial, os.O_RDONLY)
             try:
@@ -213,6 +224,9 @@ class BundleWriter:
     ) -> None:
         if not self._committed:  # afterwards a directory of that name is another run's
             _remove(self._partial)
+            with suppress(OSError):  # a parent may hold something else by now
+                for parent in self._made:
+                    parent.rmdir()
         if self._lock is not None:
             os.close(self._lock)
 
@@ -272,19 +286,24 @@ def check_output(output: Path, *, force: bool) -> None:
             return
         if not force:
             raise BundleError(f"{output} exists already; choose another output, or --force to replace a bundle.")
-        if any(output.iterdir()) and not _is_ours(output / names.MANIFEST):
+        foreign = sorted({entry.name for entry in output.iterdir()} - _own_files(output / names.MANIFEST))
+        if foreign:
             raise BundleError(
-                f"{output} is neither empty nor a bundle, so --force does not replace it; choose another output."
+                f"{output} is neither empty nor a bundle alone, it holds {', '.join(foreign[:3]):.80}; --force does "
+                f"not replace it: move that away or choose another output."
             )
 
 
-def _is_ours(manifest: Path) -> bool:
-    """Whether a manifest was written by glmexport, any version of it."""
+def _own_files(manifest: Path) -> set[str]:
+    """Names of the files that are a bundle's by its manifest, whatever version of glmexport wrote it."""
     try:
         document = json.loads(manifest.read_text("utf-8"))
     except (OSError, ValueError, RecursionError):
-        return False
-    return isinstance(document, dict) and {"glmexport", "schema", "files"} <= document.keys()
+        return set()
+    if not (isinstance(document, dict) and {"glmexport", "schema"} <= document.keys()):
+        return set()
+    files = document.get("files")
+    return {*files, names.MANIFEST} if isinstance(files, dict) else {names.MANIFEST}
 
 
 class HashingFile:

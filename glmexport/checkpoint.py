@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ _FLOAT_DTYPES = ("float16", "bfloat16", "float32", "float64")
 _TOKENIZER_LIMIT = 64 << 20  # bytes; the real one has 2.7 MB
 _MAX_SIZE = 1 << 24  # of one dimension; the products of two stay far below 2**63
 _MAX_BLOCKS = 4096
-_LISTED = 20  # tensors named in one list of an error
+_LISTED = 1000  # tensors named in one list of an error: more than a 6B model has
 _SLICE_BYTES = 16 << 20
 
 # The models that say `model_type: "chatglm"` and are not ChatGLM-6B, by (padded_vocab_size, seq_length); None is any.
@@ -113,6 +113,10 @@ class Checkpoint:
     def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Rows `start` to `stop` (exclusive) of a tensor in its stored dtype; a tied head is the embedding."""
         return self.weights.read_rows(self._stored(name), start, stop)
+
+    def read_bands(self, name: str, rows: int) -> Iterator[torch.Tensor]:
+        """The whole tensor in bands of so many rows, in its stored dtype; a tied head is the embedding."""
+        return self.weights.read_bands(self._stored(name), rows)
 
     def close(self) -> None:
         """Close the weight files."""

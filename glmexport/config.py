@@ -5,6 +5,7 @@ Everything after the reading takes a `ModelConfig`; nobody looks a key up in a r
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -88,7 +89,7 @@ class RawConfig:
     def require(self, key: str, expected: object) -> None:
         """Complain unless the value under `key` is exactly `expected`."""
         if self._raw.get(key) != expected:
-            self._complain(key, repr(expected))
+            self._complain(key, json.dumps(expected))
 
     def demand(self, holds: bool, complaint: str, *keys: str) -> None:
         """Add a complaint about the values of `keys` together, unless it holds or one of them is wrong already."""
@@ -104,5 +105,5 @@ class RawConfig:
 
     def _complain(self, key: str, expected: str) -> None:
         self._wrong.add(key)
-        found = f"{self._raw[key]!r:.80}" if key in self._raw else "no such key"
+        found = f"{json.dumps(self._raw[key], ensure_ascii=False):.80}" if key in self._raw else "no such key"
         self._complaints.append(f"`{key}` must be {expected}, found {found}")

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import onnx
 from onnx import TensorProto
 
-from glmexport.interface import GraphSpec, TensorSpec
+from glmexport.interface import OPSETS, GraphSpec, TensorSpec
 from glmexport.onnx_files import ALIGNMENT, external_tensors, load_graph
-
-OPSETS = range(14, 25)
-"""The opsets that can be asked for."""
 
 CONTROL_FLOW = ("If", "Loop", "Scan")
 MAX_INLINE_ELEMENTS = 16
@@ -85,6 +84,9 @@ def _initializers(model: onnx.ModelProto, path: Path) -> Iterator[str]:
     for name, count in Counter(tensor.name for tensor in model.graph.initializer).items():
         if count > 1:
             yield f"holds {count} initializers named {name}."
+    read = {name for node in model.graph.node for name in node.input}
+    for name in sorted({tensor.name for tensor in model.graph.initializer} - read):
+        yield f"holds the initializer {name}, which no node reads."
     inline = [tensor for tensor in tensors if tensor.data_location != TensorProto.EXTERNAL]
     same: dict[tuple[int, tuple[int, ...], bytes], str] = {}
     for tensor in inline:
@@ -101,6 +103,8 @@ def _initializers(model: onnx.ModelProto, path: Path) -> Iterator[str]:
             yield f"{external.name} points to {external.location!r}, expected {path.name}.data beside the graph."
             continue
         size = file.stat().st_size if file.is_file() else 0
+        if external.length != math.prod(external.shape) * np.dtype(external.dtype).itemsize:
+            yield f"{external.name} has {external.length} bytes for {list(external.shape)} {external.dtype}."
         if external.offset + external.length > size:
             yield f"{external.name} ends at byte {external.offset + external.length} of {size} in {external.location}."
         if external.offset % ALIGNMENT or external.offset < end:

@@ -81,6 +81,13 @@ class GraphPart:
         return f"{self.prefixes[attribute]}.{rest}"
 
 
+def patched_parts(patch: ModelPatch, config: ModelConfig, argmax: str) -> tuple[GraphPart, ...]:
+    """The graphs of the patched model on the meta device: shapes and buffers, no weights."""
+    with torch.device("meta"):
+        patched = patch.apply(patch.build_reference(config))
+    return graph_parts(patch, config, patched, argmax)
+
+
 def graph_parts(patch: ModelPatch, config: ModelConfig, patched: nn.Module, argmax: str) -> tuple[GraphPart, ...]:
     """Every graph of a patched model, in the order in which data flows: embedding, blocks, LM head."""
     embedding = GraphPart(

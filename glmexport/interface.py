@@ -11,6 +11,13 @@ from glmexport import names
 from glmexport.config import ModelConfig
 from glmexport.errors import GlmExportError
 
+OPSETS = range(14, 25)
+"""The opsets that can be asked for."""
+
+DEFAULT_OPSET = 18
+"""The lowest opset that torch's maintained exporter writes: LayerNormalization is one node, onnxruntime fuses all it
+needs, and MNN's converter takes it; a later opset only narrows the set of runtimes that read the file."""
+
 ARGMAX_MODES = ("none", "also", "only")
 """What the LM head gives: logits; logits and `token_id`; `token_id` alone."""
 

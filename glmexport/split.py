@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import platform
+import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from glmexport import __version__, names
@@ -20,11 +18,13 @@ from glmexport.bundle import SCHEMA, BundleWriter, check_output
 from glmexport.checkpoint import Checkpoint
 from glmexport.equivalence import check_patch
 from glmexport.errors import BundleError, CheckpointError, ExportError
-from glmexport.graph_lint import OPSETS, lint_graph, operator_inventory
-from glmexport.graphs import GraphPart, graph_parts, stored_transposed
-from glmexport.interface import ARGMAX_MODES, GraphSpec
-from glmexport.onnx_files import Array, ExternalDataWriter, aligned_size, stamp
-from glmexport.trace import DEFAULT_OPSET, Skeleton, trace
+from glmexport.graph_lint import lint_graph
+from glmexport.graphs import GraphPart, patched_parts, stored_transposed
+from glmexport.interface import ARGMAX_MODES, DEFAULT_OPSET, OPSETS
+from glmexport.onnx_files import Array, ExternalDataWriter, aligned_size
+from glmexport.stamping import buffer_values, external_shapes, graph_entry, skeleton_for, stamped_graph
+from glmexport.tools import tool_versions
+from glmexport.trace import Skeleton
 
 SLICE_BYTES = 16 << 20
 """Weights are cast and written in slices of about this many bytes, which stay in the processor's outer cache."""
@@ -34,8 +34,6 @@ GRAPH_FILE_BYTES = 16 << 10
 
 LIBRARY_BYTES = 700 << 20
 """What the process holds before any weight: interpreter, torch and its exporter, onnx (peak on Linux, rounded up)."""
-
-TOOLS = ("torch", "transformers", "onnx", "onnxscript", "onnxsim", "onnxruntime", "numpy")
 
 Notice = Callable[[str], None]
 Advance = Callable[[str, int], None]
@@ -80,14 +78,10 @@ def plan_split(checkpoint: Checkpoint, options: SplitOptions) -> SplitPlan:
     """Sizes of every file of the bundle, and peak memory, from shapes alone: no tensor is read."""
     files: dict[str, int] = {}
     largest_matrix = 0
-    for part in _parts(checkpoint, options):
-        transposed = stored_transposed(part.module)
-        lengths = []
-        for slot, tensor in part.module.named_parameters():
-            lengths.append(tensor.numel() * 4)
-            if slot in transposed:
-                largest_matrix = max(largest_matrix, checkpoint.info(part.checkpoint_name(slot)).nbytes)
-        lengths += [buffer.numel() * 4 for _, buffer in part.module.named_buffers() if buffer.numel() > 1]
+    for part in patched_parts(checkpoint.patch, checkpoint.config, options.argmax):
+        for slot in stored_transposed(part.module):
+            largest_matrix = max(largest_matrix, checkpoint.info(part.checkpoint_name(slot)).nbytes)
+        lengths = [4 * math.prod(shape) for shape in external_shapes(part).values()]
         files[names.graph_file(part.name)] = GRAPH_FILE_BYTES
         files[names.data_file(part.name)] = aligned_size(lengths)
     files |= {path.name: path.stat().st_size for path in checkpoint.tokenizer_files}
@@ -113,36 +107,28 @@ def split(
     """
     options = options or SplitOptions()
     check_output(output, force=force)
-    _check_apart(checkpoint.directory, output)
+    check_apart(checkpoint.directory, output)
     plan = plan_split(checkpoint, options)
     _check_disk(output, plan.disk)
     for warning in checkpoint.warnings:
         notice(warning)
     advance("check patches", 0)
     check_patch(checkpoint.patch, checkpoint.config)
-    parts = _parts(checkpoint, options)
+    patch, config = checkpoint.patch, checkpoint.config
     with BundleWriter(output, force=force) as writer:
-        skeletons: dict[str, Skeleton] = {}
         entries: list[dict[str, Any]] = []
         digests: dict[str, str] = {}
-        for part in parts:
-            if part.spec.kind not in skeletons:
-                advance(f"trace {part.spec.kind}", 0)
-                skeletons[part.spec.kind] = trace(part.module, part.spec, options.opset)
+        for part in patched_parts(patch, config, options.argmax):
+            advance(part.name, 0)
+            skeleton = skeleton_for(patch, config, part.spec.kind, options.argmax, options.opset)
             stamper = _Stamper(checkpoint, writer, part, notice, advance)
-            entries.append(stamper.write(skeletons[part.spec.kind], options))
+            entries.append(stamper.write(skeleton, options))
             digests |= stamper.digests
         tied = _tied(checkpoint, digests, notice)
         for path in checkpoint.tokenizer_files:
             writer.write_bytes(path.name, path.read_bytes())
+        advance(names.MANIFEST, 0)
         return writer.commit(_manifest(checkpoint, options, entries, tied))
-
-
-def _parts(checkpoint: Checkpoint, options: SplitOptions) -> tuple[GraphPart, ...]:
-    with torch.device("meta"):
-        model = checkpoint.patch.build_reference(checkpoint.config)
-        patched = checkpoint.patch.apply(model)
-    return graph_parts(checkpoint.patch, checkpoint.config, patched, options.argmax)
 
 
 class _Stamper:
@@ -153,37 +139,25 @@ class _Stamper:
     ) -> None:
         self._checkpoint, self._writer, self._part = checkpoint, writer, part
         self._notice, self._advance = notice, advance
-        self._transposed = stored_transposed(part.module)
         self.digests: dict[str, str] = {}
 
     def write(self, skeleton: Skeleton, options: SplitOptions) -> dict[str, Any]:
         """Write `<graph>.onnx.data` and `<graph>.onnx`, lint them, and return the graph's entry in the manifest."""
         part = self._part
         data_name, graph_name = names.data_file(part.name), names.graph_file(part.name)
-        parameters, buffers = dict(part.module.named_parameters()), dict(part.module.named_buffers())
-        renames = {slot: part.checkpoint_name(slot) for slot in skeleton.slots}
-        inline: dict[str, Array] = {}
+        values, shapes = buffer_values(part), external_shapes(part)
+        transposed = {part.checkpoint_name(slot) for slot in stored_transposed(part.module)}
         with self._writer.create(data_name) as sink:
             data = ExternalDataWriter(sink, data_name)
-            for slot, name in renames.items():
-                if slot in parameters:
-                    slices = self._parameter(name, slot in self._transposed)
-                    data.add(name, "float32", tuple(parameters[slot].shape), slices)
-                elif buffers[slot].numel() > 1:
-                    value = buffers[slot].numpy()
-                    data.add(name, "float32", value.shape, [value])
-                else:
-                    inline[name] = buffers[slot].numpy()
-        model = stamp(skeleton.model, part.name, renames, data.tensors, inline)
+            for name, shape in shapes.items():
+                slices = [values[name]] if name in values else self._parameter(name, name in transposed)
+                data.add(name, "float32", shape, slices)
+        model = stamped_graph(part, skeleton, data.tensors)
         self._writer.write_bytes(graph_name, model.SerializeToString(deterministic=True))
         complaints = lint_graph(self._writer.path(graph_name), part.spec, options.opset)
         if complaints:
             raise ExportError("A graph breaks the bundle's rules, so nothing was exported: " + " ".join(complaints))
-        return _graph_entry(part) | {
-            "operators": operator_inventory(model),
-            "parameters": sum(parameter.numel() for parameter in parameters.values()),
-            "transposed": sorted(renames[slot] for slot in self._transposed),
-        }
+        return graph_entry(part, model)
 
     def _parameter(self, name: str, transposed: bool) -> Iterator[Array]:
         """Consecutive float32 slices of a checkpoint tensor, warning once where it is not finite."""
@@ -208,7 +182,6 @@ def _float32_slices(checkpoint: Checkpoint, name: str, transposed: bool) -> Iter
 
     A transposed matrix is read whole in its stored dtype, then cast and turned in bands; the rest is read in bands.
     """
-    info = checkpoint.info(name)
     if transposed:
         whole = checkpoint.read(name)  # [out, in]
         outputs, inputs = whole.shape
@@ -217,11 +190,9 @@ def _float32_slices(checkpoint: Checkpoint, name: str, transposed: bool) -> Iter
             # cast first: turning float32 is five times faster than turning float16 or doing both at once
             yield whole[:, start : start + band].float().t().contiguous()
         return
-    rows = info.shape[0] if info.shape else 1
-    width = int(np.prod(info.shape[1:], dtype=np.int64))
-    band = max(SLICE_BYTES // (4 * max(width, 1)), 1)
-    for start in range(0, rows, band):
-        yield checkpoint.read_rows(name, start, min(start + band, rows)).to(torch.float32).contiguous()
+    width = math.prod(checkpoint.info(name).shape[1:])
+    for rows in checkpoint.read_bands(name, max(SLICE_BYTES // (4 * width), 1)):
+        yield rows.float()
 
 
 def _tied(checkpoint: Checkpoint, digests: Mapping[str, str], notice: Notice) -> bool:
@@ -233,26 +204,6 @@ def _tied(checkpoint: Checkpoint, digests: Mapping[str, str], notice: Notice) ->
             f"while the original's from_pretrained silently replaces it by the embedding."
         )
     return tied
-
-
-def _graph_entry(part: GraphPart) -> dict[str, Any]:
-    entry: dict[str, Any] = {"name": part.name, "kind": part.spec.kind}
-    block_id = names.block_id_of(part.name)
-    if block_id is not None:
-        entry["block_id"] = block_id
-    return entry | {
-        "file": names.graph_file(part.name),
-        "data": names.data_file(part.name),
-        **_signature(part.spec),
-        "weights": "float32",
-    }
-
-
-def _signature(spec: GraphSpec) -> dict[str, Any]:
-    return {
-        "inputs": [dataclasses.asdict(tensor) for tensor in spec.inputs],
-        "outputs": [dataclasses.asdict(tensor) for tensor in spec.outputs],
-    }
 
 
 def _manifest(
@@ -270,7 +221,7 @@ def _manifest(
         "graphs": graphs,
         "tokenizer": [path.name for path in checkpoint.tokenizer_files],
         "checkpoint": {"dtypes": dtypes, "bytes": checkpoint.weights.total_bytes},
-        "tools": _tool_versions(),
+        "tools": tool_versions(),
         "history": [{"step": "split", **dataclasses.asdict(options), "transforms": _transforms(checkpoint)}],
     }
 
@@ -279,17 +230,8 @@ def _transforms(checkpoint: Checkpoint) -> list[str]:
     return [transform.name for transform in checkpoint.patch.transforms]
 
 
-def _tool_versions() -> dict[str, str]:
-    versions = {"python": platform.python_version()}
-    for tool in TOOLS:
-        try:
-            versions[tool] = version(tool)
-        except PackageNotFoundError:
-            versions[tool] = "not installed as a package"
-    return versions
-
-
-def _check_apart(checkpoint: Path, output: Path) -> None:
+def check_apart(checkpoint: Path, output: Path) -> None:
+    """Raise BundleError or CheckpointError where one of the two directories would lie in the other."""
     source, target = checkpoint.resolve(), output.resolve()
     if target == source or source in target.parents:
         raise BundleError(f"{output} lies inside the checkpoint directory {checkpoint}; choose an output outside it.")
@@ -304,6 +246,6 @@ def _check_disk(output: Path, needed: int) -> None:
     free = shutil.disk_usage(place).free
     if free < needed:
         raise BundleError(
-            f"{place} has {free / 1e9:.2f} GB free and the bundle needs {needed / 1e9:.2f} GB; free some or choose "
+            f"{place} has {free / 1e6:,.1f} MB free and the bundle needs {needed / 1e6:,.1f} MB; free some or choose "
             f"another output."
         )

@@ -22,12 +22,7 @@ from torch import nn
 
 from glmexport import __version__, export_ops
 from glmexport.errors import ExportError
-from glmexport.graph_lint import OPSETS
-from glmexport.interface import GraphSpec, TensorSpec
-
-DEFAULT_OPSET = 18
-"""The lowest opset that torch's maintained exporter writes: LayerNormalization is one node, onnxruntime fuses all it
-needs, and MNN's converter takes it; a later opset only narrows the set of runtimes that read the file."""
+from glmexport.interface import DEFAULT_OPSET, OPSETS, GraphSpec, TensorSpec
 
 FIRST_DYNAMO_OPSET = 18
 """Asked for less, torch's torch.export-based exporter silently gives 18; below it the TorchScript exporter is used."""

@@ -14,7 +14,7 @@ import re
 import struct
 import zipfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO
 
@@ -73,6 +73,7 @@ class TensorInfo:
     stride: in elements; None for a contiguous row-major tensor.
     offset: byte in `file` of the tensor's first element.
     nbytes: bytes of its elements, which is what `Weights.read` allocates.
+    crc32: of these bytes, where the file says it: a .bin's records have checksums, safetensors files have none.
     """
 
     name: str
@@ -82,6 +83,7 @@ class TensorInfo:
     stride: tuple[int, ...] | None
     offset: int
     nbytes: int
+    crc32: int | None = None
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -190,8 +192,12 @@ def _torch_zip(path: Path, file: IO[bytes], size: int) -> list[TensorInfo]:
             )
         with parsing(path):
             key = standin_records[value.untyped_storage()._checkpoint_offset or 0]
-        start, length = _record_span(path, file, size, records[f"{root}/{key}"])
-        tensors.append(_torch_entry(path, name, value, start, length))
+        entry = records[f"{root}/{key}"]
+        start, length = _record_span(path, file, size, entry)
+        info = _torch_entry(path, name, value, start, length)
+        if info.stride is None and info.nbytes == length:
+            info = replace(info, crc32=entry.CRC or None)  # 0: saved without checksums
+        tensors.append(info)
     return tensors
 
 

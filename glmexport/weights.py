@@ -10,7 +10,8 @@ import math
 import os
 import re
 import threading
-from collections.abc import Mapping, Sequence
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -106,7 +107,10 @@ class Weights:
     def read(self, name: str) -> torch.Tensor:
         """The whole tensor: contiguous, in its stored dtype, in memory of its own. Raises CheckpointError."""
         info = self.info(name)
-        return self._read(info, info.shape, info.offset)
+        tensor = self._read(info, info.shape, info.offset)
+        if info.crc32 is not None:
+            _check_sum(info, zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy().data))
+        return tensor
 
     def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Rows `start` to `stop` (exclusive) along the first axis, like `read(name)[start:stop]`.
@@ -119,6 +123,20 @@ class Weights:
             raise ValueError(f"{name} of shape {list(info.shape)} has no rows {start} to {stop}")
         row = info.stride[0] if info.stride is not None else math.prod(info.shape[1:])
         return self._read(info, (stop - start, *info.shape[1:]), info.offset + start * row * info.torch_dtype.itemsize)
+
+    def read_bands(self, name: str, rows: int) -> Iterator[torch.Tensor]:
+        """The whole tensor in consecutive bands of at most `rows` rows.
+
+        Raises CheckpointError, after the last band where the bytes do not have the checksum that the file gives.
+        """
+        info = self.info(name)
+        crc = 0
+        for start in range(0, info.shape[0], rows):
+            band = self.read_rows(name, start, min(start + rows, info.shape[0]))
+            if info.crc32 is not None:
+                crc = zlib.crc32(band.view(torch.uint8).numpy().data, crc)
+            yield band
+        _check_sum(info, crc)
 
     def close(self) -> None:
         """Close every file that reading has opened."""
@@ -142,6 +160,14 @@ class Weights:
         if info.stride is None:
             return flat.reshape(shape)
         return flat.as_strided(shape, info.stride).contiguous()
+
+
+def _check_sum(info: TensorInfo, found: int) -> None:
+    if info.crc32 is not None and found != info.crc32:
+        raise CheckpointError(
+            f"{info.file} is corrupt: the bytes of {quoted(info.name)} do not have the checksum that the file gives; "
+            f"download it again."
+        )
 
 
 class _OffsetReader:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import errno
 import hashlib
@@ -127,12 +128,29 @@ def test_force_replaces_what_is_empty_or_ours(small_bundle, small_copy, tmp_path
         output.mkdir()
     elif kind != "absent":
         shutil.copytree(small_copy, output)
-        (output / "surplus").write_text("from elsewhere")
     if kind == "damaged bundle":
         (output / "lm.onnx.data").unlink()
     write_copy(small_bundle, output, force=True)
     assert [complaint for _, complaint in check_files(open_bundle(output)) if complaint] == []
     assert everything(tmp_path) == ["bundle", "output"]
+
+
+def test_force_keeps_a_bundle_that_holds_a_users_files(small_bundle, small_copy):
+    (small_copy / "notes.txt").write_text("precious")
+    before = listing(small_copy)
+    with pytest.raises(BundleError, match=r"it holds notes\.txt; --force does not replace it"):
+        write_copy(small_bundle, small_copy, force=True)
+    assert listing(small_copy) == before
+
+
+@pytest.mark.parametrize("missing", [("a",), ("a", "b"), ()])
+def test_a_failed_run_takes_the_parents_it_made_with_it(tmp_path, missing):
+    output = tmp_path.joinpath(*missing) / "bundle"
+    with contextlib.suppress(ZeroDivisionError), BundleWriter(output) as writer:
+        writer.write_bytes("file", b"content")
+        assert output.parent.is_dir()
+        raise ZeroDivisionError
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(

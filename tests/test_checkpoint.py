@@ -344,7 +344,16 @@ def test_all_differences_are_reported_at_once(tmp_path, opener):
     ]
 
 
-def test_a_long_list_is_cut(tmp_path):
+def test_every_tensor_of_a_long_list_is_named(tmp_path):
+    write_checkpoint(tmp_path, **SMALL)
+    change_config(tmp_path, num_layers=10)
+    lines = refusal(tmp_path).split("\n")
+    assert len(lines) == 1 + 9 * 12
+    assert all(line.startswith("  missing: transformer.layers.") for line in lines[1:])
+
+
+def test_an_endless_list_is_cut(tmp_path, monkeypatch):
+    monkeypatch.setattr("glmexport.checkpoint._LISTED", 20)
     write_checkpoint(tmp_path, **SMALL)
     change_config(tmp_path, num_layers=10)
     lines = refusal(tmp_path).split("\n")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pickle
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -23,7 +25,7 @@ from conftest import listing, record_again
 from glmexport import __version__
 from glmexport.bundle import looks_like_bundle, open_bundle
 from glmexport.cli.main import COMMANDS, cli, run
-from glmexport.trace import DEFAULT_OPSET
+from glmexport.interface import DEFAULT_OPSET
 
 GLM_CONFIGS = {
     "ChatGLM2 or ChatGLM3": {"model_type": "chatglm", "padded_vocab_size": 65024, "multi_query_attention": True},
@@ -234,7 +236,7 @@ def test_no_such_checkpoint(glmexport, tmp_path):
 
 def test_a_disk_too_small(glmexport, small_checkpoint, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**12, 10**12 - 5000, 5000))
-    assert_one_sentence(glmexport("split", small_checkpoint, "-o", tmp_path / "bundle"), "GB free and the bundle needs")
+    assert_one_sentence(glmexport("split", small_checkpoint, "-o", tmp_path / "bundle"), "MB free and the bundle needs")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -430,7 +432,7 @@ def test_ctrl_c_ends_with_130_and_leaves_nothing(small_checkpoint, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "moment", ["glmexport.split.check_patch", "glmexport.split.trace", "glmexport.split.lint_graph"]
+    "moment", ["glmexport.split.check_patch", "glmexport.split.skeleton_for", "glmexport.split.lint_graph"]
 )
 def test_ctrl_c_at_any_stage(glmexport, small_checkpoint, tmp_path, monkeypatch, moment):
     def interrupted(*_args: object, **_options: object) -> None:
@@ -441,6 +443,34 @@ def test_ctrl_c_at_any_stage(glmexport, small_checkpoint, tmp_path, monkeypatch,
     assert result.status == 130
     assert not [path for path in tmp_path.iterdir() if looks_like_bundle(path)]
     assert list(tmp_path.iterdir()) == []
+
+
+def test_ctrl_c_that_a_callback_swallows_still_ends_the_run(glmexport, small_checkpoint, tmp_path, monkeypatch):
+    """Python prints and drops a KeyboardInterrupt inside a finalizer, as in torch's weak references."""
+    from glmexport.split import check_patch
+
+    def swallowing(*arguments: object) -> float:
+        with contextlib.suppress(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        return check_patch(*arguments)
+
+    monkeypatch.setattr("glmexport.split.check_patch", swallowing)
+    for quiet in ((), ("-q",)):
+        result = glmexport("split", small_checkpoint, "-o", tmp_path / "bundle", "--opset", 14, *quiet)
+        assert result.status == 130
+        assert list(tmp_path.iterdir()) == []
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_an_empty_output_is_refused(glmexport, small_checkpoint):
+    result = glmexport("split", small_checkpoint, "-o", "")
+    assert result.status == 2
+    assert "the name of a directory to make is needed" in result.stderr
+
+
+def test_a_dry_run_refuses_an_output_inside_the_checkpoint(glmexport, small_checkpoint):
+    result = glmexport("split", small_checkpoint, "-o", small_checkpoint / "bundle", "--dry-run")
+    assert_one_sentence(result, "inside the checkpoint directory")
 
 
 def test_a_bug_keeps_its_traceback(glmexport, small_checkpoint, tmp_path, monkeypatch):

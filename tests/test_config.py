@@ -67,11 +67,11 @@ def test_raw_config_reports_every_complaint_at_once():
         raw.finish()
     assert str(caught.value) == (
         "some/config.json does not describe a supported model: "
-        "`text` must be a whole number of at least 1, found '5'; "
+        '`text` must be a whole number of at least 1, found "5"; '
         "`absent` must be a whole number of at least 1, found no such key; "
         "`low` must be a whole number of at least 1, found 0; "
-        "`none` must be a positive number, found None; "
-        "`fixed` must be True, found False; a and b do not fit."
+        "`none` must be a positive number, found null; "
+        "`fixed` must be true, found false; a and b do not fit."
     )
 
 
@@ -144,9 +144,9 @@ def test_small_configs_of_both_revisions(image_tokens, first_revision):
     assert config.head_dim == 16
 
 
-@pytest.mark.parametrize(("value", "found"), [(False, "found False"), (None, "found None")])
+@pytest.mark.parametrize(("value", "found"), [(False, "found false"), (None, "found null")])
 def test_one_dimensional_positions_are_refused(value, found):
-    assert f"`position_encoding_2d` must be True, {found}" in complaints(FULL_SIZE | {"position_encoding_2d": value})
+    assert f"`position_encoding_2d` must be true, {found}" in complaints(FULL_SIZE | {"position_encoding_2d": value})
 
 
 def test_every_wrong_key_is_named():

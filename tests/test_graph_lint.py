@@ -211,7 +211,8 @@ def test_the_same_constant_twice(lint):
         copy.CopyFrom(initializer(model, "layer_scale"))
         copy.name = "layer_scale_again"
 
-    (complaint,) = lint(change)
+    unread, complaint = lint(change)
+    assert unread == f"{BLOCK}: holds the initializer layer_scale_again, which no node reads."
     assert complaint.startswith(f"{BLOCK}: holds the same constant twice, as ")
     assert complaint.endswith("layer_scale and layer_scale_again.")
 

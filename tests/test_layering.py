@@ -12,13 +12,14 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 LAYERS = (
     ("errors", "names"),
-    ("config", "export_ops", "hub", "onnx_files", "untrusted", "verify.report", "verify.tolerances"),
+    ("config", "export_ops", "hub", "onnx_files", "tools", "untrusted", "verify.report", "verify.tolerances"),
     ("interface", "patch", "prompt", "weight_files", "models.chatglm_6b"),
-    ("bundle", "graph_lint", "graphs", "weights", "verify.cases", "patches"),
-    ("checkpoint", "equivalence", "session", "trace"),
-    ("inventory", "split", "verify.reference"),
+    ("bundle", "graph_lint", "graphs", "trace", "weights", "verify.cases", "patches"),
+    ("checkpoint", "equivalence", "session", "stamping"),
+    ("inventory", "split", "verify.reference", "verify.structure"),
     ("verify.check",),
     ("verify",),
+    ("cli.interrupt",),
     ("cli.output",),
     ("cli.inspect", "cli.patches", "cli.verify"),
     ("cli.split",),

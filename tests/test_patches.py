@@ -9,8 +9,6 @@ import json
 import pytest
 import torch
 from click.testing import CliRunner
-from glmexport.patches import _attention, _linear, _modules, _rope
-from glmexport.patches.chatglm_6b import CHATGLM_6B
 from tolerances import PATCHED_ABSOLUTE, PATCHED_RELATIVE
 from torch import nn
 
@@ -21,6 +19,8 @@ from glmexport.equivalence import check_patch
 from glmexport.errors import ExportError
 from glmexport.models import chatglm_6b as reference
 from glmexport.patch import Transform, all_patches
+from glmexport.patches import _attention, _linear, _modules, _rope
+from glmexport.patches.chatglm_6b import CHATGLM_6B
 
 CONFIG = ModelConfig("chatglm-6b", 64, 48, 2, 3, 80, 2048, 1e-5, 0, SpecialIds(50, 51, 54, 55, 3))
 HEADS, HEAD_DIM = CONFIG.num_heads, CONFIG.head_dim

@@ -414,7 +414,7 @@ def nothing_is_read(monkeypatch):
 def test_a_disk_too_small_is_found_before_starting(small_checkpoint, tmp_path, monkeypatch):
     monkeypatch.setattr("glmexport.split.check_patch", fail)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**12, 10**12 - 1000, 1000))
-    with pytest.raises(BundleError, match=r"has 0\.00 GB free and the bundle needs"):
+    with pytest.raises(BundleError, match=r"has 0\.0 MB free and the bundle needs"):
         split_directory(small_checkpoint, tmp_path / "deep" / "bundle")
     assert list(tmp_path.iterdir()) == []
 

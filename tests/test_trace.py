@@ -15,7 +15,6 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from glmexport.patches.chatglm_6b import CHATGLM_6B
 from onnx import TensorProto
 from torch import nn
 
@@ -23,10 +22,12 @@ from glmexport import interface, names
 from glmexport.checkpoint import open_checkpoint
 from glmexport.config import ModelConfig, SpecialIds
 from glmexport.errors import ExportError, GlmExportError
-from glmexport.graph_lint import OPSETS, lint_graph
+from glmexport.graph_lint import lint_graph
 from glmexport.graphs import GraphPart, block_part, graph_parts, stored_transposed
+from glmexport.interface import DEFAULT_OPSET, OPSETS
 from glmexport.onnx_files import ExternalDataWriter, stamp
-from glmexport.trace import DEFAULT_OPSET, TRACED_LENGTHS, Skeleton, trace
+from glmexport.patches.chatglm_6b import CHATGLM_6B
+from glmexport.trace import TRACED_LENGTHS, Skeleton, trace
 
 CONFIG = ModelConfig("chatglm-6b", 64, 48, 2, 3, 80, 2048, 1e-5, 0, SpecialIds(50, 51, 54, 55, 3))
 FULL_SIZE = ModelConfig(

@@ -587,3 +587,38 @@ def test_random_indexes(tmp_path_factory, index):
     directory = tmp_path_factory.mktemp("index")
     (directory / "model.safetensors.index.json").write_text(json.dumps(index))
     opens_or_refuses(directory)
+
+
+def flip_byte(path: Path, offset: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[offset] ^= 1
+    path.write_bytes(content)
+
+
+def test_a_changed_byte_of_a_bin_file_is_found_by_its_checksum(tmp_path):
+    tensors = {"table": torch.arange(600.0).reshape(30, 20), "bias": torch.ones(7)}
+    path = tmp_path / "pytorch_model.bin"
+    torch.save(tensors, path)
+    with Weights.open(tmp_path) as weights:
+        info = weights.info("table")
+        assert info.crc32 is not None
+        assert torch.equal(torch.cat(list(weights.read_bands("table", 7))), tensors["table"])
+    flip_byte(path, info.offset + 333)
+    with Weights.open(tmp_path) as weights:
+        assert torch.equal(weights.read("bias"), tensors["bias"])
+        with pytest.raises(CheckpointError, match="corrupt: the bytes of 'table' do not have the checksum"):
+            weights.read("table")
+        with pytest.raises(CheckpointError, match="corrupt: the bytes of 'table' do not have the checksum"):
+            list(weights.read_bands("table", 7))
+
+
+def test_files_saved_without_checksums_are_read(tmp_path):
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save({"a": torch.arange(9.0)}, tmp_path / "pytorch_model.bin")
+    finally:
+        torch.serialization.set_crc32_options(before)
+    with Weights.open(tmp_path) as weights:
+        assert weights.info("a").crc32 is None
+        assert torch.equal(weights.read("a"), torch.arange(9.0))

@@ -9,6 +9,7 @@ import sys
 import click
 
 from glmexport import __version__
+from glmexport.cli import interrupt
 from glmexport.errors import GlmExportError
 
 INTERRUPTED = 130
@@ -61,7 +62,8 @@ def cli() -> None:
 def run() -> None:
     """Run the command line; every error a person or file can cause becomes a sentence and a status here."""
     try:
-        cli.main(standalone_mode=False)
+        with interrupt.remembered():
+            cli.main(standalone_mode=False)
     except click.exceptions.Exit as done:
         sys.exit(done.exit_code)
     except (click.Abort, KeyboardInterrupt):

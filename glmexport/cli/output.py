@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from glmexport.cli import interrupt
 from glmexport.errors import GlmExportError
 
 PLAIN_WIDTH = 160
@@ -89,6 +90,17 @@ def progress(quiet: bool, total: int, unit: str) -> Iterator[Callable[[str, int]
 
     Gives a function that takes a description and a step (in `unit`s, of `total`).
     """
+    with _bar(quiet, total, unit) as show:
+
+        def advance(what: str, step: int) -> None:
+            interrupt.check()
+            show(what, step)
+
+        yield advance
+
+
+@contextmanager
+def _bar(quiet: bool, total: int, unit: str) -> Iterator[Callable[[str, int], None]]:
     if quiet:
         yield lambda what, step: None
         return

@@ -9,8 +9,7 @@ from pathlib import Path
 import click
 
 from glmexport.cli import output
-from glmexport.graph_lint import OPSETS
-from glmexport.interface import ARGMAX_MODES
+from glmexport.interface import ARGMAX_MODES, DEFAULT_OPSET, OPSETS
 
 
 class SplitCommand(click.Command):
@@ -33,7 +32,7 @@ class SplitCommand(click.Command):
 @click.option(
     "--opset",
     type=click.IntRange(OPSETS.start, OPSETS.stop - 1),
-    default=18,
+    default=DEFAULT_OPSET,
     show_default=True,
     help="ONNX operator set of every graph.",
 )
@@ -73,12 +72,15 @@ def command(
     """
     from glmexport.bundle import check_output, open_bundle
     from glmexport.checkpoint import open_checkpoint
-    from glmexport.split import SplitOptions, plan_split, split
+    from glmexport.split import SplitOptions, check_apart, plan_split, split
 
+    if not bundle.name:
+        raise click.BadParameter("the name of a directory to make is needed.", param_hint="--output")
     if not dry_run:
         check_output(bundle, force=force)  # before a hub download that might take hours
     options = SplitOptions(opset=opset, argmax=argmax)
     with open_checkpoint(checkpoint, revision) as source:
+        check_apart(source.directory, bundle)
         plan = plan_split(source, options)
         if dry_run:
             _print_plan(dict(plan.files), plan.disk, plan.peak_memory, bundle)

@@ -21,6 +21,7 @@ from glmexport.session import Session
 from glmexport.verify.cases import Case, make_cases
 from glmexport.verify.reference import StreamedReference
 from glmexport.verify.report import Report, Row
+from glmexport.verify.structure import check_structure
 from glmexport.verify.tolerances import TOLERANCES, Tolerance
 
 DEFAULT_STEPS = 4
@@ -59,6 +60,7 @@ def verify(
     report.rows.extend(_lint(bundle, advance))
     if report.failures:
         return report
+    report.rows.extend(check_structure(bundle, checkpoint, advance))
     with torch.inference_mode(), Session(bundle, resident_bytes=RESIDENT_BYTES) as session:
         try:
             _Comparison(bundle, checkpoint, session, report, steps, advance).run()
@@ -70,7 +72,7 @@ def verify(
 def progress_total(bundle: Bundle, steps: int = DEFAULT_STEPS) -> int:
     """How often `verify` calls `advance`."""
     graphs = len(bundle.graphs)
-    return len(bundle.files) + graphs + (steps + 1) * graphs + graphs
+    return len(bundle.files) + 2 * graphs + (steps + 1) * graphs + graphs
 
 
 def _check_same_model(bundle: Bundle, checkpoint: Checkpoint) -> None:
@@ -178,9 +180,21 @@ class _Comparison:
                 outputs = self._session.head(hidden[run.case.name])
                 if names.LOGITS in outputs:
                     run.logits.append(outputs[names.LOGITS])
-                token = outputs.get(names.TOKEN_ID)
-                run.tokens.append(run.logits[-1].argmax(-1) if token is None else token)
+                run.tokens.append(self._token(run, outputs))
             self._advance(f"generate {names.HEAD}")
+
+    def _token(self, run: _Run, outputs: Mapping[str, Array]) -> Array:
+        """The greedy ids int64 [batch]; raises BundleError for what cannot be one."""
+        token = outputs.get(names.TOKEN_ID)
+        if token is None:
+            token = outputs[names.LOGITS].argmax(-1)
+        vocab, batch = self._bundle.config.vocab_size, run.case.batch
+        if token.shape != (batch,) or token.dtype != np.int64 or not ((token >= 0) & (token < vocab)).all():
+            raise BundleError(
+                f"{names.graph_file(names.HEAD)} gave the token {token.tolist()!r:.80}, expected {batch} ids from 0 to "
+                f"{vocab - 1}."
+            )
+        return token
 
     def _compare_embedding(self) -> None:
         for run in self._runs:
@@ -232,7 +246,8 @@ class _Comparison:
                     head.add(outputs[names.LOGITS], expected)
                     whole.add(run.logits[step], expected)
                 if names.TOKEN_ID in outputs:
-                    head.add(self._margin(expected, outputs[names.TOKEN_ID]), np.zeros(run.case.batch, np.float32))
+                    margin = self._margin(expected, self._token(run, outputs))
+                    head.add(margin, np.zeros(run.case.batch, np.float32))
                 same += int((self._margin(expected, run.tokens[step]) <= self._tolerance.absolute).sum())
             count = run.case.batch * (self._steps + 1)
             equal, total = equal + same, total + count
