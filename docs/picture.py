@@ -40,7 +40,7 @@ def main(target: Path) -> None:
     for line in lines:
         if line.startswith(SHOWN):
             text = Text(line.rstrip())
-            text.highlight_regex(r"\bok\b|\bPASS\b", "green")
+            text.highlight_regex(r"\bok\b *|^PASS *", "green")
             text.highlight_regex(r"^graph .*", "bold")
             console.print(text)
     svg = console.export_svg(title="glmexport")

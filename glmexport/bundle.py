@@ -12,6 +12,7 @@ import queue
 import shutil
 import threading
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -203,6 +204,9 @@ class BundleWriter:
         self._lock: int | None = None
         self._committed = False
         self._made: list[Path] = []
+        # syncing takes as long as writing: the next file is made meanwhile
+        self._syncer = ThreadPoolExecutor(1, thread_name_prefix="sync")
+        self._syncs: list[Future[None]] = []
 
     def __enter__(self) -> BundleWriter:
         with _sentences(self.output):
@@ -222,6 +226,7 @@ class BundleWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._syncer.shutdown(cancel_futures=True)
         if not self._committed:  # afterwards a directory of that name is another run's
             _remove(self._partial)
             with suppress(OSError):  # a parent may hold something else by now
@@ -232,14 +237,16 @@ class BundleWriter:
 
     @contextmanager
     def create(self, name: str) -> Iterator[HashingFile]:
-        """A new file that is hashed as it is written, and synced and recorded at the end."""
+        """A new file that is hashed as it is written and recorded at the end; `commit` waits until it is synced."""
         with _sentences(self.output):
             file = HashingFile(self._partial / name)
             try:
                 yield file
                 self.files[name] = file.finish()
-            finally:
+            except BaseException:
                 file.close()
+                raise
+            self._syncs.append(self._syncer.submit(file.sync))
 
     def write_bytes(self, name: str, data: bytes) -> None:
         """Write a small file whole."""
@@ -254,6 +261,8 @@ class BundleWriter:
         """Write the manifest (the record of files is added to it) and put the bundle in its place."""
         document = {**manifest, "files": {name: dataclasses.asdict(self.files[name]) for name in sorted(self.files)}}
         with _sentences(self.output):
+            for sync in self._syncs:
+                sync.result()
             with (self._partial / names.MANIFEST).open("w", encoding="utf-8") as file:
                 json.dump(document, file, ensure_ascii=False, indent=1)
                 file.write("\n")
@@ -330,13 +339,19 @@ class HashingFile:
             raise self._error
 
     def finish(self) -> FileRecord:
-        """Wait for every byte to be written and synced; raises OSError where that failed."""
+        """Wait for every byte to be written; raises OSError where that failed."""
         self._queue.put(None)
         self._thread.join()
         if self._error is not None:
             raise self._error
-        os.fsync(self._file.fileno())
         return FileRecord(self._bytes, self._digest.hexdigest())
+
+    def sync(self) -> None:
+        """Have the system put every byte on the disk, and close the file; raises OSError where that failed."""
+        try:
+            os.fsync(self._file.fileno())
+        finally:
+            self._file.close()
 
     def close(self) -> None:
         """Stop the thread, if it still runs, and close the file."""
