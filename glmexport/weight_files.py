@@ -49,6 +49,7 @@ _SAFETENSORS_DTYPES = {
     "F64": torch.float64,
 }
 _MAX_DIMENSIONS = 8
+_PICKLE_PROTOCOL = 3  # torch.save's default is 2; torch's weights-only reader does not take 4 and later
 _MAX_SHARED_RESULTS = 24  # see _scan_pickle
 _LEGACY_TORCH = bytes.fromhex("80028a0a6cfc9c46f9206aa850192e")  # the pickled magic number it begins with
 # All that the pickle of a state dict names; torch's own allow-list is wider (it has `bytearray`, which allocates).
@@ -257,6 +258,11 @@ def _scan_pickle(path: Path, data: bytes) -> None:
     shared = 0
     with parsing(path):
         for opcode, argument, _ in pickletools.genops(data):
+            if opcode.name == "PROTO" and argument > _PICKLE_PROTOCOL:
+                raise CheckpointError(
+                    f"{path} was saved with pickle protocol {argument}, expected at most {_PICKLE_PROTOCOL}; save it "
+                    "again with torch.save and its default protocol."
+                )
             if opcode.name == "GLOBAL" and argument not in _PICKLE_GLOBALS:
                 raise CheckpointError(
                     f"{path} asks for {quoted('.'.join(str(argument).split(' ')))}, which no plain state dict needs; "

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+import torch
 from checkpoints import write_checkpoint
 from conftest import record_again, split_directory
 from hypothesis import given
@@ -628,3 +629,17 @@ def test_a_token_that_is_no_token(check, small_checkpoint, tmp_path, offset):
     edit(bundle, "lm.onnx", change)
     failures = check(bundle, steps=1).failures
     assert any("expected 1 ids from 0 to 127" in row.detail for row in failures)
+
+
+def test_a_checkpoint_with_nan_fails_and_says_why(check, small_checkpoint, tmp_path):
+    source = shutil.copytree(small_checkpoint, tmp_path / "checkpoint")
+    tensors = torch.load(source / "pytorch_model.bin")
+    tensors["transformer.layers.1.attention.dense.bias"][3] = torch.nan
+    torch.save(tensors, source / "pytorch_model.bin")
+    (notice,) = (text for text in split_directory(source, tmp_path / "bundle") if "NaN" in text)
+    assert "transformer.layers.1.attention.dense.bias" in notice
+    with open_checkpoint(source) as opened:
+        report = verify(open_bundle(tmp_path / "bundle"), opened, steps=1)
+    assert not report.passed
+    assert {row.graph for row in report.failures} == {"glm_block_1", "lm", "chain"}
+    assert all("the reference's own numbers are not finite" in row.detail for row in report.failures)

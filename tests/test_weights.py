@@ -622,3 +622,12 @@ def test_files_saved_without_checksums_are_read(tmp_path):
     with Weights.open(tmp_path) as weights:
         assert weights.info("a").crc32 is None
         assert torch.equal(weights.read("a"), torch.arange(9.0))
+
+
+@pytest.mark.parametrize("protocol", [4, 5])
+def test_another_pickle_protocol_is_named(tmp_path, protocol):
+    torch.save({"a": torch.ones(3)}, tmp_path / "pytorch_model.bin", pickle_protocol=protocol)
+    with pytest.raises(
+        CheckpointError, match=f"was saved with pickle protocol {protocol}, expected at most 3; save it again"
+    ):
+        Weights.open(tmp_path)

@@ -125,12 +125,14 @@ class _Worst:
 
     absolute: float = 0.0
     relative: float = 0.0
+    reference_is_finite: bool = True
 
     def add(self, found: Array, expected: Array) -> None:
         """Take in one pair of outputs; another shape counts as an infinite error."""
         if found.shape != expected.shape or found.dtype != expected.dtype:
             self.absolute = self.relative = float("inf")
             return
+        self.reference_is_finite &= bool(np.isfinite(expected).all())
         error = float(np.abs(found - expected).max(initial=0.0))
         largest = float(np.abs(expected).max(initial=0.0))
         self.absolute = float(np.maximum(self.absolute, error))
@@ -307,6 +309,8 @@ class _Comparison:
         self._report.rows.append(Row(graph, "weights", not wrong, detail=detail))
 
     def _add_row(self, graph: str, case: str, worst: _Worst, detail: str = "", also: bool = True) -> None:
+        if not worst.reference_is_finite:
+            detail = f"{detail}, " * bool(detail) + "the reference's own numbers are not finite: look at its weights"
         passed = also and self._tolerance.allows(worst.absolute, worst.relative)
         self._report.rows.append(Row(graph, case, passed, worst.absolute, worst.relative, detail))
 
