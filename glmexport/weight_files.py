@@ -258,7 +258,7 @@ def _scan_pickle(path: Path, data: bytes) -> None:
     shared = 0
     with parsing(path):
         for opcode, argument, _ in pickletools.genops(data):
-            if opcode.name == "PROTO" and argument > _PICKLE_PROTOCOL:
+            if opcode.name == "PROTO" and int(argument or 0) > _PICKLE_PROTOCOL:
                 raise CheckpointError(
                     f"{path} was saved with pickle protocol {argument}, expected at most {_PICKLE_PROTOCOL}; save it "
                     "again with torch.save and its default protocol."
