@@ -32,7 +32,7 @@ SLICE_BYTES = 16 << 20
 GRAPH_FILE_BYTES = 16 << 10
 """Rough size of one graph file without its weights, for estimates."""
 
-LIBRARY_BYTES = 700 << 20
+LIBRARY_BYTES = 850 << 20
 """What the process holds before any weight: interpreter, torch and its exporter, onnx (peak on Linux, rounded up)."""
 
 Notice = Callable[[str], None]
