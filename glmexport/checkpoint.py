@@ -73,14 +73,12 @@ _OTHER_WEIGHTS: tuple[tuple[str, Callable[[Mapping[str, Any]], bool], str, str],
 class Checkpoint:
     """One opened checkpoint; a context manager that closes its weight files.
 
-    raw_config: `config.json` as it was parsed, for keeping a copy; facts are read from `config`.
     weights: by the names in the files; empty when it was opened with `require_weights=False`.
     warnings: sentences for the user.
     tokenizer_files: those that exist of `tokenizer_config.json` and `ice_text.model`, all that tokenizing needs.
     """
 
     directory: Path
-    raw_config: Mapping[str, Any]
     config: ModelConfig
     patch: ModelPatch
     weights: Weights
@@ -164,7 +162,7 @@ def open_checkpoint(
     weights = Weights.open(directory) if require_weights else Weights.none()
     if require_weights:
         _check_tensors(directory, weights, patch, config)
-    return Checkpoint(directory, raw, config, patch, weights, warnings, tokenizer_files)
+    return Checkpoint(directory, config, patch, weights, warnings, tokenizer_files)
 
 
 def heads_equal(checkpoint: Checkpoint) -> bool:

@@ -11,11 +11,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import library
 
 NAMESPACE = "glmexport"
 
 
-@torch.library.custom_op(f"{NAMESPACE}::split_heads", mutates_args=())
+@library.custom_op(f"{NAMESPACE}::split_heads", mutates_args=())
 def split_heads(states: torch.Tensor, heads: int) -> torch.Tensor:
     """[seq, batch, heads * width] -> [seq, batch, heads, width], any dtype; `width` follows from the input."""
     return torch.unflatten(states, -1, (heads, -1)).clone()
@@ -26,7 +27,7 @@ def _(states: torch.Tensor, heads: int) -> torch.Tensor:
     return states.new_empty((*states.shape[:-1], heads, states.shape[-1] // heads))
 
 
-@torch.library.custom_op(f"{NAMESPACE}::merge_heads", mutates_args=())
+@library.custom_op(f"{NAMESPACE}::merge_heads", mutates_args=())
 def merge_heads(states: torch.Tensor) -> torch.Tensor:
     """[seq, batch, heads, width] -> [seq, batch, heads * width], any dtype."""
     return states.flatten(-2).clone()
@@ -37,7 +38,7 @@ def _(states: torch.Tensor) -> torch.Tensor:
     return states.new_empty((*states.shape[:-2], states.shape[-2] * states.shape[-1]))
 
 
-@torch.library.custom_op(f"{NAMESPACE}::linear_rows", mutates_args=())
+@library.custom_op(f"{NAMESPACE}::linear_rows", mutates_args=())
 def linear_rows(states: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """States [rows, in], weight [out, in], of one dtype -> [rows, out]."""
     return states @ weight.t()

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 from glmexport import __version__, names
-from glmexport.bundle import SCHEMA, BundleWriter, check_output
+from glmexport.bundle import SCHEMA
+from glmexport.bundle_writer import BundleWriter, check_output
 from glmexport.checkpoint import Checkpoint
 from glmexport.equivalence import check_patch
 from glmexport.errors import BundleError, CheckpointError, ExportError

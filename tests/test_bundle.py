@@ -23,15 +23,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from glmexport import bundle as bundle_module
-from glmexport.bundle import (
-    BundleWriter,
-    HashingFile,
-    check_files,
-    check_output,
-    looks_like_bundle,
-    open_bundle,
-    sha256_of,
-)
+from glmexport.bundle import check_files, looks_like_bundle, open_bundle, sha256_of
+from glmexport.bundle_writer import BundleWriter, HashingFile, check_output
 from glmexport.errors import BundleError
 from glmexport.inventory import bundle_inventory
 
@@ -288,7 +281,7 @@ def test_a_full_disk_at_the_manifest(small_bundle, tmp_path, monkeypatch):
     def full(*_args: object, **_options: object) -> None:
         raise OSError(errno.ENOSPC, "no space")
 
-    monkeypatch.setattr(bundle_module.json, "dump", full)
+    monkeypatch.setattr("glmexport.bundle_writer.json.dump", full)
     with pytest.raises(BundleError, match="the disk is full; nothing was left there"):
         write_copy(small_bundle, tmp_path / "bundle")
     assert everything(tmp_path) == []
@@ -310,7 +303,7 @@ def test_an_output_with_a_name_too_long(small_bundle, tmp_path, name):
 WRITER = """
 import sys, time
 from pathlib import Path
-from glmexport.bundle import BundleWriter
+from glmexport.bundle_writer import BundleWriter
 source, output = map(Path, sys.argv[1:])
 import json
 manifest = json.loads((source / "manifest.json").read_text("utf-8"))

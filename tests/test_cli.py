@@ -408,7 +408,7 @@ def test_inspect_reads_no_tensor(glmexport, golden_checkpoint, monkeypatch):
 
 INTERRUPTED = """
 import os, signal, sys
-from glmexport.bundle import HashingFile
+from glmexport.bundle_writer import HashingFile
 write, left = HashingFile.write, 9
 def interrupting(self, data):
     global left

@@ -15,7 +15,7 @@ LAYERS = (
     ("config", "export_ops", "hub", "onnx_files", "tools", "untrusted", "verify.report", "verify.tolerances"),
     ("interface", "patch", "prompt", "weight_files", "models.chatglm_6b"),
     ("bundle", "graph_lint", "graphs", "trace", "weights", "verify.cases", "patches"),
-    ("checkpoint", "equivalence", "session", "stamping"),
+    ("bundle_writer", "checkpoint", "equivalence", "session", "stamping"),
     ("inventory", "split", "verify.reference", "verify.structure"),
     ("verify.check",),
     ("verify",),
@@ -31,7 +31,18 @@ LAYERS = (
 FREE = ("", "models", "cli")  # packages that hold nothing but their docstring and version; anybody may import them
 LAYER_OF = {name: number for number, layer in enumerate(LAYERS) for name in layer}
 PATCHES_MAY = ("config", "errors", "export_ops", "interface", "names", "onnx_files", "patch", "models.chatglm_6b")
-WITHOUT_TORCH = ("bundle", "config", "errors", "interface", "names", "onnx_files", "prompt", "session", "graph_lint")
+WITHOUT_TORCH = (
+    "bundle",
+    "bundle_writer",
+    "config",
+    "errors",
+    "interface",
+    "names",
+    "onnx_files",
+    "prompt",
+    "session",
+    "graph_lint",
+)
 FILES = sorted([*ROOT.glob("glmexport/**/*.py"), *ROOT.glob("patches/*.py")])
 
 

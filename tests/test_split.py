@@ -477,7 +477,7 @@ def test_a_checkpoint_that_breaks_off_exports_nothing(tmp_path, quick):
 SPLITTER = """
 import sys
 from pathlib import Path
-from glmexport.bundle import HashingFile
+from glmexport.bundle_writer import HashingFile
 from glmexport.checkpoint import open_checkpoint
 from glmexport.split import SplitOptions, split
 import time

@@ -70,7 +70,8 @@ def command(
       glmexport split chatglm-6b/ -o bundle/ --dry-run
       glmexport split zai-org/chatglm-6b --revision v1.1.0 -o bundle/ --argmax --verify
     """
-    from glmexport.bundle import check_output, open_bundle
+    from glmexport.bundle import open_bundle
+    from glmexport.bundle_writer import check_output
     from glmexport.checkpoint import open_checkpoint
     from glmexport.split import SplitOptions, check_apart, plan_split, split
 
