@@ -20,6 +20,7 @@ from typing import Any
 
 from glmexport import names
 from glmexport.bundle import FileRecord
+from glmexport.direct_file import DirectFile
 from glmexport.errors import BundleError
 
 
@@ -160,7 +161,7 @@ class HashingFile:
     DEPTH = 4
 
     def __init__(self, path: Path) -> None:
-        self._file = path.open("xb", buffering=0)
+        self._file = DirectFile(path)
         self._queue: queue.Queue[memoryview | None] = queue.Queue(self.DEPTH)
         self._digest = hashlib.sha256()
         self._bytes = 0
@@ -209,6 +210,11 @@ class HashingFile:
                     data = data[written:]
             except OSError as error:
                 self._error = error
+        try:
+            if self._error is None:
+                self._file.flush()
+        except OSError as error:
+            self._error = error
 
 
 @contextmanager

@@ -12,7 +12,17 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 LAYERS = (
     ("errors", "names"),
-    ("config", "export_ops", "hub", "onnx_files", "tools", "untrusted", "verify.report", "verify.tolerances"),
+    (
+        "config",
+        "direct_file",
+        "export_ops",
+        "hub",
+        "onnx_files",
+        "tools",
+        "untrusted",
+        "verify.report",
+        "verify.tolerances",
+    ),
     ("interface", "patch", "prompt", "weight_files", "models.chatglm_6b"),
     ("bundle", "graph_lint", "graphs", "trace", "weights", "verify.cases", "patches"),
     ("bundle_writer", "checkpoint", "equivalence", "session", "stamping"),

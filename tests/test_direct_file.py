@@ -1,0 +1,104 @@
+"""Direct files hold the bytes that were written, whatever their sizes and whatever the file system refuses."""
+
+from __future__ import annotations
+
+import errno
+import os
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from glmexport import direct_file
+from glmexport.direct_file import DirectFile
+
+
+def write(path, parts) -> None:
+    file = DirectFile(path)
+    for part in parts:
+        assert file.write(memoryview(part)) == len(part)
+    file.flush()
+    file.close()
+
+
+@settings(max_examples=60, deadline=None)
+@given(sizes=st.lists(st.integers(0, 20000), max_size=8))
+def test_any_sizes(tmp_path_factory, sizes):
+    path = tmp_path_factory.mktemp("direct") / "file"
+    parts = [os.urandom(size) for size in sizes]
+    before = DirectFile.BUFFER_BYTES
+    DirectFile.BUFFER_BYTES = 8192
+    try:
+        write(path, parts)
+    finally:
+        DirectFile.BUFFER_BYTES = before
+    assert path.read_bytes() == b"".join(parts)
+
+
+def test_larger_than_the_buffer(tmp_path):
+    content = os.urandom(2 * DirectFile.BUFFER_BYTES + 4097)
+    write(tmp_path / "file", [content[:5], content[5:]])
+    assert (tmp_path / "file").read_bytes() == content
+
+
+def test_an_existing_file_is_kept(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(FileExistsError):
+        DirectFile(tmp_path / "file")
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.mark.skipif(not direct_file._DIRECT, reason="the system has no direct writes")
+def test_a_file_system_that_refuses_the_flag(tmp_path, monkeypatch):
+    opened, flags_seen = os.open, []
+
+    def refusing(path, flags, mode=0o777):
+        flags_seen.append(flags)
+        if flags & direct_file._DIRECT:
+            os.close(opened(path, flags & ~direct_file._DIRECT, mode))  # Linux makes the file and then refuses
+            raise OSError(errno.EINVAL, "no direct writes here")
+        return opened(path, flags, mode)
+
+    monkeypatch.setattr(direct_file.os, "open", refusing)
+    write(tmp_path / "file", [b"content"])
+    assert (tmp_path / "file").read_bytes() == b"content"
+    assert len(flags_seen) == 2
+
+
+@pytest.mark.skipif(not direct_file._DIRECT, reason="the system has no direct writes")
+def test_a_file_system_that_refuses_the_write(tmp_path, monkeypatch):
+    written, refused = os.write, []
+
+    def refusing(handle, data):
+        if direct_file._is_direct(handle):
+            refused.append(len(data))
+            raise OSError(errno.EINVAL, "no direct writes here")
+        return written(handle, data)
+
+    monkeypatch.setattr(direct_file.os, "write", refusing)
+    content = os.urandom(30000)
+    write(tmp_path / "file", [content])
+    assert (tmp_path / "file").read_bytes() == content
+    assert refused == [28672]
+
+
+def test_short_writes_are_continued(tmp_path, monkeypatch):
+    written = os.write
+    monkeypatch.setattr(direct_file.os, "write", lambda handle, data: written(handle, data[:4096]))
+    content = os.urandom(50001)
+    write(tmp_path / "file", [content])
+    assert (tmp_path / "file").read_bytes() == content
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO])
+def test_other_errors_are_raised(tmp_path, monkeypatch, code):
+    def failing(handle, data):
+        raise OSError(code, "failed")
+
+    monkeypatch.setattr(direct_file.os, "write", failing)
+    file = DirectFile(tmp_path / "file")
+    file.write(memoryview(b"content"))
+    with pytest.raises(OSError, match="failed"):
+        file.flush()
+    file.close()
+    file.close()
