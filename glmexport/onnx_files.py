@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,6 +16,9 @@ from glmexport.errors import BundleError
 
 ALIGNMENT = 4096
 """Every tensor starts at a multiple of this many bytes, a page, so that runtimes can map it."""
+
+COMPARE_BYTES = 16 << 20
+"""Stored tensors are compared in bands of about this many bytes."""
 
 Array = npt.NDArray[Any]
 
@@ -162,3 +165,24 @@ def read_band(directory: Path, tensor: ExternalTensor, start: int, stop: int) ->
                 raise BundleError(f"{tensor.location} ends inside {tensor.name}; copy or split the bundle again.")
             got += count
     return band
+
+
+def rows_of(array: Array) -> Callable[[int, int], Array]:
+    """Rows `start` to `stop` of an array in memory, for `holds`."""
+    return lambda start, stop: array[start:stop]
+
+
+def holds(directory: Path, tensor: ExternalTensor, shape: tuple[int, ...], rows: Callable[[int, int], Array]) -> bool:
+    """Whether an external tensor is float32 of `shape` and equals `rows(start, stop)` bit for bit, band by band.
+
+    rows: gives float32 rows `start` to `stop` (exclusive). Raises BundleError where the file is too short.
+    """
+    if tensor.shape != shape or tensor.dtype != "float32":
+        return False
+    band = max(COMPARE_BYTES // max(tensor.length // shape[0], 1), 1)
+    for start in range(0, shape[0], band):
+        stop = min(start + band, shape[0])
+        expected = np.ascontiguousarray(rows(start, stop))
+        if not np.array_equal(read_band(directory, tensor, start, stop).view(np.uint32), expected.view(np.uint32)):
+            return False
+    return True

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -16,7 +15,7 @@ import torch
 from glmexport import __version__, names
 from glmexport.bundle import SCHEMA
 from glmexport.bundle_writer import BundleWriter, check_output
-from glmexport.checkpoint import Checkpoint
+from glmexport.checkpoint import Checkpoint, heads_equal
 from glmexport.equivalence import check_patch
 from glmexport.errors import BundleError, CheckpointError, ExportError
 from glmexport.graph_lint import lint_graph
@@ -118,14 +117,11 @@ def split(
     patch, config = checkpoint.patch, checkpoint.config
     with BundleWriter(output, force=force) as writer:
         entries: list[dict[str, Any]] = []
-        digests: dict[str, str] = {}
         for part in patched_parts(patch, config, options.argmax):
             advance(part.name, 0)
             skeleton = skeleton_for(patch, config, part.spec.kind, options.argmax, options.opset)
-            stamper = _Stamper(checkpoint, writer, part, notice, advance)
-            entries.append(stamper.write(skeleton, options))
-            digests |= stamper.digests
-        tied = _tied(checkpoint, digests, notice)
+            entries.append(_Stamper(checkpoint, writer, part, notice, advance).write(skeleton, options))
+        tied = _tied(checkpoint, notice)
         for path in checkpoint.tokenizer_files:
             writer.write_bytes(path.name, path.read_bytes())
         advance(names.MANIFEST, 0)
@@ -140,7 +136,6 @@ class _Stamper:
     ) -> None:
         self._checkpoint, self._writer, self._part = checkpoint, writer, part
         self._notice, self._advance = notice, advance
-        self.digests: dict[str, str] = {}
 
     def write(self, skeleton: Skeleton, options: SplitOptions) -> dict[str, Any]:
         """Write `<graph>.onnx.data` and `<graph>.onnx`, lint them, and return the graph's entry in the manifest."""
@@ -162,20 +157,14 @@ class _Stamper:
 
     def _parameter(self, name: str, transposed: bool) -> Iterator[Array]:
         """Consecutive float32 slices of a checkpoint tensor, warning once where it is not finite."""
-        digest, finite = hashlib.sha256(), True
-        compare = name in (self._checkpoint.embedding_name, self._checkpoint.head_name)
+        finite = True
         for part in _float32_slices(self._checkpoint, name, transposed):
             # a sum is not finite if any element is not; overflow of the sum itself is told apart by the slow check
             if finite and not torch.isfinite(part.sum()) and not torch.isfinite(part).all():
                 finite = False
                 self._notice(f"{name} holds NaN or infinite values; they are exported as they are.")
-            array = part.numpy()
-            if compare:
-                digest.update(array.data.cast("B"))
-            yield array
-            self._advance(self._part.name, array.nbytes)
-        if compare:
-            self.digests[name] = digest.hexdigest()
+            yield part.numpy()
+            self._advance(self._part.name, part.nbytes)
 
 
 def _float32_slices(checkpoint: Checkpoint, name: str, transposed: bool) -> Iterator[torch.Tensor]:
@@ -196,9 +185,9 @@ def _float32_slices(checkpoint: Checkpoint, name: str, transposed: bool) -> Iter
         yield rows.float()
 
 
-def _tied(checkpoint: Checkpoint, digests: Mapping[str, str], notice: Notice) -> bool:
+def _tied(checkpoint: Checkpoint, notice: Notice) -> bool:
     """Whether head and embedding are the same numbers; detected, never assumed."""
-    tied = digests[checkpoint.embedding_name] == digests[checkpoint.head_name]
+    tied = heads_equal(checkpoint)
     if not tied:
         notice(
             f"{checkpoint.head_name} differs from {checkpoint.embedding_name}: the checkpoint's own head is exported, "

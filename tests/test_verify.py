@@ -643,3 +643,17 @@ def test_a_checkpoint_with_nan_fails_and_says_why(check, small_checkpoint, tmp_p
     assert not report.passed
     assert {row.graph for row in report.failures} == {"glm_block_1", "lm", "chain"}
     assert all("the reference's own numbers are not finite" in row.detail for row in report.failures)
+
+
+def test_a_head_that_differs_in_the_sign_of_a_zero_is_tied_for_both(tmp_path):
+    """Split and verify ask the same question the same way; digests of the bytes would say no, numbers say yes."""
+    source = write_checkpoint(tmp_path / "checkpoint", tokenizer=False, tied=True, seed=3)
+    tensors = torch.load(source / "pytorch_model.bin")
+    tensors["transformer.word_embeddings.weight"][5, 7] = 0.0
+    tensors["lm_head.weight"][5, 7] = -0.0
+    torch.save(tensors, source / "pytorch_model.bin")
+    split_directory(source, tmp_path / "bundle")
+    with open_checkpoint(source) as opened:
+        bundle = open_bundle(tmp_path / "bundle")
+        assert bundle.manifest["tied"] is True
+        assert verify(bundle, opened, steps=1).passed

@@ -16,7 +16,7 @@ from glmexport.checkpoint import Checkpoint
 from glmexport.errors import BundleError
 from glmexport.graph_lint import lint_graph
 from glmexport.interface import graph_spec
-from glmexport.onnx_files import external_tensors, load_graph, read_band
+from glmexport.onnx_files import ExternalTensor, external_tensors, holds, load_graph, rows_of
 from glmexport.session import Session
 from glmexport.verify.cases import Case, make_cases
 from glmexport.verify.reference import StreamedReference
@@ -29,8 +29,6 @@ DEFAULT_STEPS = 4
 
 RESIDENT_BYTES = 1 << 30
 """Weights that onnxruntime may hold at once: small models stay open, of a large one only the graph that runs."""
-
-COMPARE_BYTES = 16 << 20
 
 Advance = Callable[[str], None]
 Array = npt.NDArray[Any]
@@ -270,39 +268,31 @@ class _Comparison:
 
     def _wrong_weights(self, graph: str, weights: Mapping[str, torch.Tensor]) -> list[str]:
         """Names of the stored weights of a block (or the final norm) that are not the checkpoint's, bit for bit."""
-        transposed = set(self._entry(graph).get("transposed", ()))
-        stored = {tensor.name: tensor for tensor in external_tensors(load_graph(self._path(graph)), graph)}
+        entry = next(entry for entry in self._bundle.graphs if entry["name"] == graph)
+        transposed = set(entry["transposed"])
+        stored = self._stored(graph)
         wrong = []
         for name, value in weights.items():
-            expected = value.t() if name in transposed else value
-            tensor = stored.get(name)
-            if tensor is None or tensor.shape != tuple(expected.shape):
+            expected = (value.t() if name in transposed else value).numpy()
+            if name not in stored or not holds(self._bundle.directory, stored[name], expected.shape, rows_of(expected)):
                 wrong.append(name)
-                continue
-            band = max(COMPARE_BYTES // max(tensor.length // tensor.shape[0], 1), 1)
-            for start in range(0, tensor.shape[0], band):
-                stop = min(start + band, tensor.shape[0])
-                if not _same_bits(read_band(self._bundle.directory, tensor, start, stop), expected[start:stop]):
-                    wrong.append(name)
-                    break
         return wrong
 
     def _wrong_table(self, graph: str, name: str) -> list[str]:
         """`name` if that [vocab, hidden] matrix is not the checkpoint's, bit for bit; holds neither of them whole."""
-        stored = {tensor.name: tensor for tensor in external_tensors(load_graph(self._path(graph)), graph)}
-        tensor, wrong = stored.get(name), [name]
-        if tensor is not None and tensor.shape == self._checkpoint.info(name).shape:
-            band = max(COMPARE_BYTES // max(tensor.length // tensor.shape[0], 1), 1)
-            starts = range(0, tensor.shape[0], band)
-            same = all(
-                _same_bits(
-                    read_band(self._bundle.directory, tensor, start, min(start + band, tensor.shape[0])),
-                    self._checkpoint.read_rows(name, start, min(start + band, tensor.shape[0])).float(),
-                )
-                for start in starts
-            )
-            wrong = [] if same else [name]
-        return wrong
+        stored, shape = self._stored(graph), self._checkpoint.info(name).shape
+        same = name in stored and holds(
+            self._bundle.directory,
+            stored[name],
+            shape,
+            lambda start, stop: self._checkpoint.read_rows(name, start, stop).float().numpy(),
+        )
+        return [] if same else [name]
+
+    def _stored(self, graph: str) -> dict[str, ExternalTensor]:
+        """The external tensors of a graph by name."""
+        model = load_graph(self._bundle.path(names.graph_file(graph)))
+        return {tensor.name: tensor for tensor in external_tensors(model, graph)}
 
     def _add_exact(self, graph: str, wrong: list[str], count: int) -> None:
         detail = f"differ from the checkpoint: {', '.join(wrong)}" if wrong else f"{count} tensors equal bit for bit"
@@ -313,15 +303,3 @@ class _Comparison:
             detail = f"{detail}, " * bool(detail) + "the reference's own numbers are not finite: look at its weights"
         passed = also and self._tolerance.allows(worst.absolute, worst.relative)
         self._report.rows.append(Row(graph, case, passed, worst.absolute, worst.relative, detail))
-
-    def _entry(self, graph: str) -> Mapping[str, Any]:
-        return next(entry for entry in self._bundle.graphs if entry["name"] == graph)
-
-    def _path(self, graph: str) -> Any:
-        return self._bundle.path(self._entry(graph)["file"])
-
-
-def _same_bits(stored: Array, expected: torch.Tensor) -> bool:
-    return stored.dtype == np.float32 and np.array_equal(
-        stored.view(np.uint32), expected.contiguous().numpy().view(np.uint32)
-    )

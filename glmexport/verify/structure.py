@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import numpy as np
 import onnx
 
 from glmexport import names
@@ -18,7 +17,7 @@ from glmexport.checkpoint import Checkpoint, heads_equal
 from glmexport.errors import BundleError
 from glmexport.graphs import GraphPart, patched_parts
 from glmexport.interface import OPSETS
-from glmexport.onnx_files import ExternalTensor, external_tensors, load_graph, read_band
+from glmexport.onnx_files import external_tensors, holds, load_graph, rows_of
 from glmexport.stamping import buffer_values, external_shapes, graph_entry, skeleton_for, stamped_graph
 from glmexport.tools import EXPORT_TOOLS, tool_versions
 from glmexport.verify.report import Row
@@ -94,15 +93,8 @@ def _weight_complaints(bundle: Bundle, part: GraphPart, model: onnx.ModelProto) 
     for name in sorted({*stored} ^ {*expected}):
         yield f"{name} is {'missing' if name in expected else 'one weight too many'}."
     for name, value in buffer_values(part).items():
-        if name in stored and not _holds(bundle, stored[name], value):
+        if name in stored and not holds(bundle.directory, stored[name], value.shape, rows_of(value)):
             yield f"{name} does not hold the patch's values."
-
-
-def _holds(bundle: Bundle, tensor: ExternalTensor, value: Any) -> bool:
-    if tensor.shape != value.shape or tensor.dtype != "float32":
-        return False
-    found = read_band(bundle.directory, tensor, 0, tensor.shape[0])
-    return np.array_equal(found.view(np.uint32), value.view(np.uint32))
 
 
 def _trace_complaints(bundle: Bundle, checkpoint: Checkpoint, part: GraphPart, model: onnx.ModelProto) -> Iterator[str]:
