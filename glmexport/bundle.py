@@ -11,10 +11,12 @@ from typing import Any, TypeVar, get_type_hints
 
 from glmexport import names
 from glmexport.config import ModelConfig, SpecialIds
-from glmexport.errors import BundleError
+from glmexport.errors import BundleError, GlmExportError
+from glmexport.form import GRAPH, RAW_DTYPES, Form, form_from_json
 from glmexport.interface import ARGMAX_MODES
+from glmexport.recipe import affine_of_record
 
-SCHEMA = 1
+SCHEMA = 2
 MAX_COUNT = 1 << 62
 MAX_MANIFEST_BYTES = 16 << 20
 MAX_NAME = 200
@@ -32,9 +34,18 @@ class FileRecord:
 
 
 @dataclass(frozen=True)
+class LinkedFile:
+    """A file of an existing bundle, which another bundle may share."""
+
+    path: Path
+    record: FileRecord
+
+
+@dataclass(frozen=True)
 class Bundle:
     """An opened bundle: its directory and the parsed manifest.
 
+    config: of the model in the bundle: sizes and ids are those of a slimmed vocabulary. form: what passes made of it.
     graphs: one entry a graph, in the order in which data flows (see README, "The manifest").
     files: every file but the manifest itself.
     """
@@ -42,6 +53,7 @@ class Bundle:
     directory: Path
     manifest: Mapping[str, Any]
     config: ModelConfig
+    form: Form
     graphs: tuple[Mapping[str, Any], ...]
     files: Mapping[str, FileRecord]
 
@@ -58,6 +70,14 @@ class Bundle:
     def path(self, name: str) -> Path:
         """Path of one of the bundle's files."""
         return self.directory / name
+
+    def link(self, name: str) -> LinkedFile:
+        """One of the bundle's files, for another bundle to share."""
+        return LinkedFile(self.path(name), self.files[name])
+
+    def graph(self, name: str) -> Mapping[str, Any]:
+        """The manifest's entry of a graph. Raises KeyError where the bundle has no such graph."""
+        return next(entry for entry in self.graphs if entry["name"] == name)
 
 
 def looks_like_bundle(directory: Path) -> bool:
@@ -79,7 +99,7 @@ def open_bundle(directory: Path) -> Bundle:
                 f"{path} has schema {manifest['schema']!r:.80}, expected {SCHEMA}; it was written by another version "
                 f"of glmexport ({manifest.get('glmexport')!r:.80}): use that version or split again."
             )
-        config, graphs, files = _parts_of(manifest)
+        config, form, graphs, files = _parts_of(manifest)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise BundleError(
             f"{path} is not a manifest that glmexport wrote ({type(error).__name__}: {error}); copy or split again."
@@ -93,18 +113,30 @@ def open_bundle(directory: Path) -> Bundle:
     unlisted = sorted({graph[key] for graph in graphs for key in ("file", "data")} - set(files))
     if unlisted:
         raise BundleError(f"{path} has graphs in files that it does not list: {', '.join(unlisted)}; split again.")
+    has_embedding = form.embedding.kind == GRAPH
     # the number is compared first: a damaged one could ask for a list of any length
-    if len(graphs) != config.num_blocks + 2 or not all(map(_is_graph, graphs, names.graph_names(config.num_blocks))):
+    expected = config.num_blocks + 1 + has_embedding
+    if len(graphs) != expected or not all(map(_is_graph, graphs, names.graph_names(config.num_blocks, has_embedding))):
         raise BundleError(
-            f"{path} lists {len(graphs)} graphs, expected {names.EMBEDDING}, {config.num_blocks} blocks and "
-            f"{names.HEAD} in this order, each with files of its name; split again."
+            f"{path} lists {len(graphs)} graphs, expected {f'{names.EMBEDDING}, ' * has_embedding}{config.num_blocks} "
+            f"blocks and {names.HEAD} in this order, each with files of its name; split again."
         )
-    return Bundle(directory, manifest, config, graphs, files)
+    if form.embedding_file is not None:
+        _demand_table(path, form.embedding_file, files, config, form)
+    return Bundle(directory, manifest, config, form, graphs, files)
 
 
-def _parts_of(manifest: Any) -> tuple[ModelConfig, tuple[dict[str, Any], ...], dict[str, FileRecord]]:
-    """Config, graphs and files, each value of the type that it must have. Raises ValueError, KeyError or TypeError."""
+def _demand_table(path: Path, name: str, files: Mapping[str, FileRecord], config: ModelConfig, form: Form) -> None:
+    expected = config.vocab_size * config.hidden_size * RAW_DTYPES[form.embedding.dtype].bytes
+    if name not in files or files[name].bytes != expected:
+        found = f"{files[name].bytes} bytes" if name in files else "no such file"
+        raise BundleError(f"{path} lists {found} for {name}, expected {expected} bytes; embed the bundle again.")
+
+
+def _parts_of(manifest: Any) -> tuple[ModelConfig, Form, tuple[dict[str, Any], ...], dict[str, FileRecord]]:
+    """Config, form, graphs and files, each of the type that it must have. Raises ValueError, KeyError or TypeError."""
     _demand(manifest, architecture=str, opset=int, argmax=str, tied=bool, model=dict, graphs=list, files=dict)
+    _demand(manifest, tokenizer=list, checkpoint=dict, tools=dict, history=list)
     model = manifest["model"]
     config = _typed(ModelConfig, {**model, "special_ids": _typed(SpecialIds, model["special_ids"])})
     if manifest["argmax"] not in ARGMAX_MODES:
@@ -113,7 +145,9 @@ def _parts_of(manifest: Any) -> tuple[ModelConfig, tuple[dict[str, Any], ...], d
         raise ValueError("a size of the model is not positive")
     for graph in manifest["graphs"]:
         _demand(graph, name=str, kind=str, file=str, data=str, weights=str, parameters=int, inputs=list, outputs=list)
-        _demand(graph, transposed=list)
+        _demand(graph, transposed=list, matrices=dict)
+        for record in graph["matrices"].values():
+            _demand_matrix(record)
         if not all(isinstance(name, str) for name in graph["transposed"]):
             raise TypeError("transposed holds something else than names")
         if not 0 <= graph["parameters"] < MAX_COUNT or not graph["weights"].isprintable():
@@ -127,7 +161,18 @@ def _parts_of(manifest: Any) -> tuple[ModelConfig, tuple[dict[str, Any], ...], d
     if not manifest["architecture"].isprintable() or not 0 < config.layernorm_epsilon < 1:
         raise ValueError("the architecture or the layernorm epsilon is none")
     files = {name: FileRecord(entry["bytes"], entry["sha256"]) for name, entry in manifest["files"].items()}
-    return config, tuple(manifest["graphs"]), files
+    form = form_from_json(manifest)
+    if form.slim is not None and form.slim.vocabulary.size != config.vocab_size:
+        raise ValueError(f"the vocabulary keeps {form.slim.vocabulary.size} rows and the model has {config.vocab_size}")
+    return config, form, tuple(manifest["graphs"]), files
+
+
+def _demand_matrix(record: Any) -> None:
+    _demand(record, bytes=int)
+    try:
+        affine_of_record(record)
+    except GlmExportError as error:
+        raise ValueError(str(error)) from error
 
 
 def _is_graph(entry: Mapping[str, Any], name: str) -> bool:

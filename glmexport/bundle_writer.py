@@ -19,9 +19,12 @@ from types import TracebackType
 from typing import Any
 
 from glmexport import names
-from glmexport.bundle import FileRecord
+from glmexport.bundle import FileRecord, LinkedFile
 from glmexport.direct_file import DirectFile
 from glmexport.errors import BundleError
+
+_NO_LINKS = (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP, errno.ENOSYS)
+_COPY_BYTES = 8 << 20
 
 
 class BundleWriter:
@@ -31,12 +34,15 @@ class BundleWriter:
     killed outright leaves `.<name>.partial`, which is cleared by the next run.
     """
 
-    def __init__(self, output: Path, *, force: bool = False) -> None:
-        """Raises BundleError where `output` exists and may not be replaced, or another run is writing to it."""
+    def __init__(self, output: Path, *, force: bool = False, copy: bool = False) -> None:
+        """copy: what `link` is given, always.
+
+        Raises BundleError where `output` exists and may not be replaced, or another run is writing to it.
+        """
         self.output = Path(os.path.abspath(output))  # noqa: PTH100 - resolve() would follow a link at the output itself
         check_output(self.output, force=force)
         self.files: dict[str, FileRecord] = {}
-        self._force = force
+        self._force, self._copy = force, copy
         self._partial = self.output.with_name(f".{self.output.name}.partial")
         self._lock: int | None = None
         self._committed = False
@@ -90,6 +96,21 @@ class BundleWriter:
         with self.create(name) as file:
             file.write(memoryview(data))
 
+    def link(self, name: str, file: LinkedFile) -> None:
+        """Share a file of another bundle; where the file system cannot, copy it.
+
+        Raises BundleError where a copy does not have the hash that its bundle's manifest says.
+        """
+        with _sentences(self.output):
+            if not self._copy and _linked(file.path, self._partial / name):
+                self.files[name] = file.record
+                return
+        with self.create(name) as copy, file.path.open("rb", buffering=0) as source:
+            while data := source.read(_COPY_BYTES):
+                copy.write(memoryview(data))
+        if self.files[name] != file.record:
+            raise BundleError(f"{file.path} was changed while it was copied; start again.")
+
     def path(self, name: str) -> Path:
         """Where a file lies until the commit."""
         return self._partial / name
@@ -121,6 +142,17 @@ class BundleWriter:
             _sync_directory(self.output.parent)
             _remove(replaced)
         return self.output
+
+
+def _linked(source: Path, target: Path) -> bool:
+    """Make a hard link; False where the file system has none, or not between these places."""
+    try:
+        os.link(source, target, follow_symlinks=False)
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+        return False
+    return True
 
 
 def check_output(output: Path, *, force: bool) -> None:

@@ -14,24 +14,19 @@ from typing import Any
 
 import torch
 
+from glmexport import names
 from glmexport.config import ModelConfig, TokenizerFacts
 from glmexport.errors import CheckpointError
 from glmexport.hub import fetch_checkpoint, is_hub_id
 from glmexport.patch import ModelPatch, all_patches
+from glmexport.tokenizer import MODEL_LIMIT, SPECIAL_PIECES
 from glmexport.untrusted import quoted, read_json, read_small_file
 from glmexport.weight_files import TensorInfo
 from glmexport.weights import WEIGHT_FILES, Weights, read_index
 
-TOKENIZER_CONFIG = "tokenizer_config.json"
-TOKENIZER_MODEL = "ice_text.model"
-
-_SPECIAL_PIECES = (
-    *("<unk>", "<s>", "</s>", "<pad>", "[MASK]", "[gMASK]", "[sMASK]"),
-    *("<unused_0>", "<sop>", "<eop>", "<ENC>", "<dBLOCK>"),
-)
+_NAMED_PIECES = ("<unk>", "<s>", "</s>", "<pad>", *SPECIAL_PIECES)
 _FLOAT_DTYPES = ("float16", "bfloat16", "float32", "float64")
 
-_TOKENIZER_LIMIT = 64 << 20  # bytes; the real one has 2.7 MB
 _MAX_SIZE = 1 << 24  # of one dimension; the products of two stay far below 2**63
 _MAX_BLOCKS = 4096
 _LISTED = 1000  # tensors named in one list of an error: more than a 6B model has
@@ -207,7 +202,7 @@ def _fetch(repo_id: str, revision: str | None, weight_files: Sequence[str]) -> P
     return fetch_checkpoint(
         repo_id,
         revision,
-        optional_files=(TOKENIZER_CONFIG, TOKENIZER_MODEL),
+        optional_files=(names.TOKENIZER_CONFIG, names.TOKENIZER_MODEL),
         weight_files=weight_files,
         read_index=lambda index: read_index(index).values(),
     )
@@ -241,7 +236,7 @@ def _name_of(raw: Mapping[str, Any]) -> str:
 
 def _read_tokenizer(directory: Path) -> tuple[TokenizerFacts, tuple[Path, ...], tuple[str, ...]]:
     """(facts, files that exist, warnings about those that do not)."""
-    config, model = directory / TOKENIZER_CONFIG, directory / TOKENIZER_MODEL
+    config, model = directory / names.TOKENIZER_CONFIG, directory / names.TOKENIZER_MODEL
     files = tuple(path for path in (config, model) if os.path.lexists(path))
     count = read_json(config).get("num_image_tokens") if config in files else None
     if count is not None and (type(count) is not int or not 0 <= count <= _MAX_SIZE):
@@ -257,7 +252,7 @@ def _read_tokenizer(directory: Path) -> tuple[TokenizerFacts, tuple[Path, ...], 
 def _special_pieces(path: Path) -> dict[str, int]:
     from sentencepiece import SentencePieceProcessor  # here: not needed where there is no tokenizer
 
-    data = read_small_file(path, _TOKENIZER_LIMIT)
+    data = read_small_file(path, MODEL_LIMIT)
     processor = SentencePieceProcessor()
     try:
         processor.LoadFromSerializedProto(data)
@@ -271,7 +266,7 @@ def _special_pieces(path: Path) -> dict[str, int]:
     return {
         piece: piece_id
         for piece_id, piece in enumerate(pieces)
-        if special[piece_id] or piece in _SPECIAL_PIECES  # a name counts whatever its kind in the model
+        if special[piece_id] or piece in _NAMED_PIECES  # a name counts whatever its kind in the model
     }
 
 

@@ -16,13 +16,17 @@ from glmexport.errors import CheckpointError
 
 @dataclass(frozen=True)
 class SpecialIds:
-    """Token ids with a meaning of their own, in the checkpoint's numbering."""
+    """Token ids with a meaning of their own, in the numbering of the checkpoint or of a slimmed bundle.
+
+    forced: what the original generates where a logit is not finite.
+    """
 
     mask: int
     gmask: int
     bos: int
     eos: int
     pad: int
+    forced: int
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ def narrow(config: ModelConfig) -> ModelConfig:
         num_blocks=2,
         inner_size=48,
         num_image_tokens=0,
-        special_ids=SpecialIds(mask=20, gmask=21, bos=24, eos=25, pad=3),
+        special_ids=SpecialIds(mask=20, gmask=21, bos=24, eos=25, pad=3, forced=5),
     )
 
 

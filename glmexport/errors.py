@@ -19,3 +19,7 @@ class BundleError(GlmExportError):
 
 class ExportError(GlmExportError):
     """A graph could not be made, or what was made breaks a rule of the bundle."""
+
+
+class RecipeError(GlmExportError):
+    """How to quantize, slim or store is not said in a way that can be done."""

@@ -6,10 +6,14 @@ A number in a shape is fixed by the model; a word names a dynamic axis.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from glmexport import names
 from glmexport.config import ModelConfig
 from glmexport.errors import GlmExportError
+
+if TYPE_CHECKING:
+    import onnx
 
 OPSETS = range(14, 25)
 """The opsets that can be asked for."""
@@ -43,6 +47,15 @@ class GraphSpec:
     kind: str
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
+
+
+def value_info(tensor: TensorSpec) -> onnx.ValueInfoProto:
+    """The ONNX form of a graph input or output."""
+    import numpy as np
+    import onnx  # here: what runs a bundle needs the names and shapes only
+
+    dtype = onnx.helper.np_dtype_to_tensor_dtype(np.dtype(tensor.dtype))
+    return onnx.helper.make_tensor_value_info(tensor.name, dtype, tensor.shape)
 
 
 def graph_spec(graph: str, config: ModelConfig, argmax: str) -> GraphSpec:

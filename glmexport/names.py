@@ -5,6 +5,9 @@ from __future__ import annotations
 import re
 
 MANIFEST = "manifest.json"
+RECIPE = "recipe.toml"
+TOKENIZER_CONFIG = "tokenizer_config.json"
+TOKENIZER_MODEL = "ice_text.model"
 
 # graphs
 EMBEDDING = "embedding"
@@ -39,9 +42,9 @@ def block_name(block_id: int) -> str:
     return f"{BLOCK_PREFIX}{block_id}"
 
 
-def graph_names(num_blocks: int) -> tuple[str, ...]:
-    """Names of all graphs in the order in which data flows through them."""
-    return (EMBEDDING, *(block_name(i) for i in range(num_blocks)), HEAD)
+def graph_names(num_blocks: int, embedding: bool = True) -> tuple[str, ...]:
+    """Names of all graphs in the order in which data flows through them; an embedding may be no graph."""
+    return (*((EMBEDDING,) if embedding else ()), *(block_name(i) for i in range(num_blocks)), HEAD)
 
 
 def graph_kind(graph: str) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +22,9 @@ ALIGNMENT = 4096
 COMPARE_BYTES = 16 << 20
 """Stored tensors are compared in bands of about this many bytes."""
 
+FOUR_BITS = {"int4": TensorProto.INT4, "uint4": TensorProto.UINT4}
+"""Element types that lie two a byte, the first in the low half."""
+
 Array = npt.NDArray[Any]
 
 
@@ -31,7 +36,10 @@ class ByteSink(Protocol):
 
 @dataclass(frozen=True)
 class ExternalTensor:
-    """Where one initializer lies: a file name beside the graph, offset and length in bytes, numpy dtype, shape."""
+    """Where one initializer lies: a file name beside the graph, offset and length in bytes, dtype, shape.
+
+    dtype: numpy's name, or `int4` / `uint4`, which are stored two elements a byte.
+    """
 
     name: str
     dtype: str
@@ -61,7 +69,7 @@ class ExternalDataWriter:
         offset = self._position
         for part in slices:
             self._write(np.ascontiguousarray(part).data.cast("B"))
-        length, expected = self._position - offset, int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
+        length, expected = self._position - offset, stored_bytes(dtype, shape)
         if length != expected:
             raise BundleError(
                 f"{name}: {length} bytes of weights were produced, {expected} expected for {list(shape)}."
@@ -71,6 +79,12 @@ class ExternalDataWriter:
     def _write(self, data: bytes | memoryview) -> None:
         self._sink.write(memoryview(data))
         self._position += len(data)
+
+
+def stored_bytes(dtype: str, shape: tuple[int, ...]) -> int:
+    """Bytes of a tensor in a file; 4-bit elements lie two a byte."""
+    count = math.prod(shape)
+    return -(-count // 2) if dtype in FOUR_BITS else count * np.dtype(dtype).itemsize
 
 
 def aligned_size(lengths: Iterable[int]) -> int:
@@ -84,7 +98,7 @@ def aligned_size(lengths: Iterable[int]) -> int:
 def external_initializer(tensor: ExternalTensor) -> TensorProto:
     """The initializer that points to `tensor`."""
     proto = TensorProto(name=tensor.name, dims=tensor.shape, data_location=TensorProto.EXTERNAL)
-    proto.data_type = onnx.helper.np_dtype_to_tensor_dtype(np.dtype(tensor.dtype))
+    proto.data_type = FOUR_BITS.get(tensor.dtype) or onnx.helper.np_dtype_to_tensor_dtype(np.dtype(tensor.dtype))
     entries = {"location": tensor.location, "offset": tensor.offset, "length": tensor.length}
     for key, value in entries.items():
         proto.external_data.add(key=key, value=str(value))
@@ -92,16 +106,12 @@ def external_initializer(tensor: ExternalTensor) -> TensorProto:
 
 
 def stamp(
-    skeleton: onnx.ModelProto,
-    graph_name: str,
-    renames: Mapping[str, str],
-    external: Iterable[ExternalTensor],
-    inline: Mapping[str, Array],
+    skeleton: onnx.ModelProto, graph_name: str, renames: Mapping[str, str], inline: Mapping[str, Array]
 ) -> onnx.ModelProto:
-    """A copy of `skeleton` with its weight slots renamed and filled.
+    """A copy of `skeleton` with its weight slots renamed and its small values filled in.
 
-    renames: slot name -> initializer name, for every slot. external: tensors already written, by initializer name.
-    inline: small values that are kept in the graph file itself, by initializer name.
+    renames: slot name -> initializer name, for every slot. inline: small values that are kept in the graph file itself,
+    by initializer name; the rest is left to be added as external data.
     """
     model = onnx.ModelProto()
     model.CopyFrom(skeleton)
@@ -110,7 +120,6 @@ def stamp(
         for i, name in enumerate(node.input):
             if name in renames:
                 node.input[i] = renames[name]
-    model.graph.initializer.extend(external_initializer(tensor) for tensor in external)
     model.graph.initializer.extend(onnx.numpy_helper.from_array(value, name) for name, value in inline.items())
     return model
 
@@ -145,6 +154,11 @@ def external_tensors(model: onnx.ModelProto, where: str) -> list[ExternalTensor]
         location = entries.get("location", "")
         found.append(ExternalTensor(proto.name, dtype, tuple(proto.dims), location, int(offset), int(length)))
     return found
+
+
+def as_bytes(tensor: ExternalTensor) -> ExternalTensor:
+    """The same place seen as a flat row of bytes: the way to read 4-bit elements."""
+    return dataclasses.replace(tensor, dtype="uint8", shape=(tensor.length,))
 
 
 def read_band(directory: Path, tensor: ExternalTensor, start: int, stop: int) -> Array:

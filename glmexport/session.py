@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +12,9 @@ import numpy.typing as npt
 
 from glmexport import names
 from glmexport.bundle import Bundle
+from glmexport.embedding_rows import embedding_rows
 from glmexport.errors import BundleError
+from glmexport.form import GRAPH
 from glmexport.interface import graph_spec
 
 if TYPE_CHECKING:
@@ -32,6 +34,7 @@ class Session:
         self._bundle = bundle
         self._resident_bytes = resident_bytes
         self._threads = threads
+        self._rows: Callable[[Array], Array] | None = None
         self._open: OrderedDict[str, onnxruntime.InferenceSession] = OrderedDict()
 
     def __enter__(self) -> Session:
@@ -43,8 +46,18 @@ class Session:
         self._open.clear()
 
     def embed(self, input_ids: Array) -> Array:
-        """input_ids int64 [batch, seq] -> float32 [seq, batch, hidden]."""
-        return self._run(names.EMBEDDING, {names.INPUT_IDS: input_ids})[names.INPUTS_EMBEDS]
+        """input_ids int64 [batch, seq] -> float32 [seq, batch, hidden]; raises BundleError for ids without a row."""
+        if self._bundle.form.embedding.kind == GRAPH:
+            return self._run(names.EMBEDDING, {names.INPUT_IDS: input_ids})[names.INPUTS_EMBEDS]
+        if self._rows is None:
+            self._rows = embedding_rows(self._bundle)
+        vocab_size = self._bundle.config.vocab_size
+        if input_ids.size and not (input_ids.min() >= 0 and input_ids.max() < vocab_size):
+            raise BundleError(
+                f"Ids from {input_ids.min()} to {input_ids.max()} were given, expected 0 to {vocab_size - 1}."
+            )
+        rows = self._rows(input_ids.T.reshape(-1))
+        return rows.reshape(*input_ids.T.shape, -1)
 
     def block(
         self, block_id: int, hidden: Array, attention_mask: Array, position_ids: Array, past: Array

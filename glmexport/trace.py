@@ -22,7 +22,7 @@ from torch import nn
 
 from glmexport import __version__, export_ops
 from glmexport.errors import ExportError
-from glmexport.interface import DEFAULT_OPSET, OPSETS, GraphSpec, TensorSpec
+from glmexport.interface import DEFAULT_OPSET, OPSETS, GraphSpec, TensorSpec, value_info
 
 FIRST_DYNAMO_OPSET = 18
 """Asked for less, torch's torch.export-based exporter silently gives 18; below it the TorchScript exporter is used."""
@@ -155,8 +155,8 @@ def _tidy(exported: onnx.ModelProto, spec: GraphSpec, slots: tuple[str, ...], op
     tidy = onnx.helper.make_graph(
         nodes=graph.node,
         name=spec.kind,
-        inputs=[_value_info(tensor) for tensor in spec.inputs],
-        outputs=[_value_info(tensor) for tensor in spec.outputs],
+        inputs=[value_info(tensor) for tensor in spec.inputs],
+        outputs=[value_info(tensor) for tensor in spec.outputs],
         initializer=graph.initializer,
     )
     for index, node in enumerate(tidy.node):
@@ -207,13 +207,6 @@ def _constants_to_initializers(graph: onnx.GraphProto) -> None:
 def _example(tensor: TensorSpec) -> torch.Tensor:
     shape = [TRACED_LENGTHS[size] if isinstance(size, str) else size for size in tensor.shape]
     return torch.zeros(shape, dtype=getattr(torch, tensor.dtype), device="meta")
-
-
-def _value_info(tensor: TensorSpec) -> onnx.ValueInfoProto:
-    import numpy as np
-
-    dtype = onnx.helper.np_dtype_to_tensor_dtype(np.dtype(tensor.dtype))
-    return onnx.helper.make_tensor_value_info(tensor.name, dtype, tensor.shape)
 
 
 @contextmanager

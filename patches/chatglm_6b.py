@@ -22,6 +22,8 @@ from ._rope import AngleRotary2D
 NAME = "chatglm-6b"
 FIRST_REVISION_IMAGE_TOKENS = 20000
 PAD_PIECE_ID = 3
+FORCED_PIECE_ID = 5
+"""`▁`: the original's logits processor forces this piece where a logit is NaN or infinite."""
 
 
 def recognise(raw: Mapping[str, Any]) -> bool:
@@ -45,6 +47,7 @@ def read_config(raw: Mapping[str, Any], tokenizer: TokenizerFacts) -> ModelConfi
         bos=bos,
         eos=eos,
         pad=keys.integer("pad_token_id", PAD_PIECE_ID + image_tokens, minimum=0),
+        forced=FORCED_PIECE_ID + image_tokens,
     )
     config = ModelConfig(
         architecture=NAME,
@@ -63,7 +66,7 @@ def read_config(raw: Mapping[str, Any], tokenizer: TokenizerFacts) -> ModelConfi
         f"`hidden_size` must be a multiple of 4 * `num_attention_heads`, found {hidden_size} for {num_heads} heads",
         *("hidden_size", "num_attention_heads"),
     )
-    largest = max(ids.mask, ids.gmask, ids.bos, ids.eos, ids.pad)
+    largest = max(ids.mask, ids.gmask, ids.bos, ids.eos, ids.pad, ids.forced)
     keys.demand(
         largest < vocab_size,
         f"`vocab_size` must be above every special id, found {vocab_size} and the id {largest}",

@@ -59,7 +59,7 @@ def read_config(raw: Mapping[str, Any], facts: TokenizerFacts) -> ModelConfig:
         max_positions=keys.integer("max_sequence_length"),
         layernorm_epsilon=keys.positive_float("layernorm_epsilon"),
         num_image_tokens=image_tokens,
-        special_ids=SpecialIds(bos - 4, bos - 3, bos, keys.integer("eos_token_id"), pad),
+        special_ids=SpecialIds(bos - 4, bos - 3, bos, keys.integer("eos_token_id"), pad, 5 + image_tokens),
     )
     keys.finish()
     return config
@@ -120,7 +120,7 @@ def test_the_golden_checkpoint(opener):
     with opener(str(GOLDEN)) as checkpoint:
         assert isinstance(checkpoint, Checkpoint)
         assert checkpoint.config.num_blocks == 3
-        assert checkpoint.config.special_ids == SpecialIds(1500, 1501, 1504, 1505, 3)
+        assert checkpoint.config.special_ids == SpecialIds(1500, 1501, 1504, 1505, 3, 5)
         assert checkpoint.tokenizer_files == (GOLDEN / "tokenizer_config.json", GOLDEN / "ice_text.model")
         assert checkpoint.warnings == ()
         assert checkpoint.has_own_head
@@ -132,7 +132,7 @@ def test_both_revisions_in_every_format(tmp_path, opener, fmt):
     slim = write_checkpoint(tmp_path / "slim", fmt=fmt)
     first = write_checkpoint(tmp_path / "first", fmt=fmt, image_tokens=200, first_revision=True)
     with opener(slim) as checkpoint:
-        assert checkpoint.config.special_ids == SpecialIds(1500, 1501, 1504, 1505, 3)
+        assert checkpoint.config.special_ids == SpecialIds(1500, 1501, 1504, 1505, 3, 5)
         assert checkpoint.config.num_image_tokens == 0
     with opener(first) as checkpoint:
         assert checkpoint.config.special_ids == SpecialIds(1700, 1701, 1704, 1705, 203)

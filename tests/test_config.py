@@ -93,7 +93,7 @@ def test_a_positive_number_is_nothing_else(value):
 
 def test_the_slim_revision():
     assert PATCH.read_config(FULL_SIZE, TokenizerFacts(0, {})) == ModelConfig(
-        "chatglm-6b", 130528, 4096, 28, 32, 16384, 2048, 1e-5, 0, SpecialIds(130000, 130001, 130004, 130005, 3)
+        "chatglm-6b", 130528, 4096, 28, 32, 16384, 2048, 1e-5, 0, SpecialIds(130000, 130001, 130004, 130005, 3, 5)
     )
 
 
@@ -111,7 +111,7 @@ def test_the_first_revision_has_only_bos_and_eos(facts):
     config = PATCH.read_config(FIRST_REVISION, facts)
     assert config.num_image_tokens == 20000
     assert config.vocab_size == 150528
-    assert config.special_ids == SpecialIds(150000, 150001, 150004, 150005, 20003)
+    assert config.special_ids == SpecialIds(150000, 150001, 150004, 150005, 20003, 20005)
 
 
 def test_other_piece_orders_are_read_from_the_tokenizer():
@@ -139,7 +139,7 @@ def test_small_configs_of_both_revisions(image_tokens, first_revision):
     config = PATCH.read_config(raw, TokenizerFacts(image_tokens, {}))
     first = 1500 + image_tokens
     pad = 3 + image_tokens if first_revision else 3
-    assert config.special_ids == SpecialIds(first, first + 1, first + 4, first + 5, pad)
+    assert config.special_ids == SpecialIds(first, first + 1, first + 4, first + 5, pad, 5 + image_tokens)
     assert config.num_image_tokens == image_tokens
     assert config.head_dim == 16
 

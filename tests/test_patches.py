@@ -22,7 +22,7 @@ from glmexport.patch import Transform, all_patches
 from glmexport.patches import _attention, _linear, _modules, _rope
 from glmexport.patches.chatglm_6b import CHATGLM_6B
 
-CONFIG = ModelConfig("chatglm-6b", 64, 48, 2, 3, 80, 2048, 1e-5, 0, SpecialIds(50, 51, 54, 55, 3))
+CONFIG = ModelConfig("chatglm-6b", 64, 48, 2, 3, 80, 2048, 1e-5, 0, SpecialIds(50, 51, 54, 55, 3, 5))
 HEADS, HEAD_DIM = CONFIG.num_heads, CONFIG.head_dim
 SEQ, BATCH, PAST = 5, 2, 4
 pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")  # from inside torch.export

@@ -23,7 +23,7 @@ from glmexport.models.chatglm_6b import (
 
 CASES = ("short", "one", "long", "mask", "batch", "far")
 TOLERANCE = 1e-4  # float32 sums in another order; the original itself is met to about 1e-5
-CONFIG = ModelConfig("chatglm_6b", 1856, 64, 3, 4, 256, 2048, 1e-5, 0, SpecialIds(1500, 1501, 1504, 1505, 3))
+CONFIG = ModelConfig("chatglm_6b", 1856, 64, 3, 4, 256, 2048, 1e-5, 0, SpecialIds(1500, 1501, 1504, 1505, 3, 5))
 
 
 class Run(NamedTuple):
@@ -404,7 +404,7 @@ def test_reference_config_agrees_with_the_file(model):
 
 
 def test_full_size_reference_on_meta_has_the_published_size():
-    ids = SpecialIds(130000, 130001, 130004, 130005, 3)
+    ids = SpecialIds(130000, 130001, 130004, 130005, 3, 5)
     with torch.device("meta"):
         built = build_reference(ModelConfig("chatglm_6b", 130528, 4096, 28, 32, 16384, 2048, 1e-5, 0, ids))
     block = sum(parameter.numel() for parameter in built.transformer.layers[27].parameters())

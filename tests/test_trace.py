@@ -29,9 +29,9 @@ from glmexport.onnx_files import ExternalDataWriter, stamp
 from glmexport.patches.chatglm_6b import CHATGLM_6B
 from glmexport.trace import TRACED_LENGTHS, Skeleton, trace
 
-CONFIG = ModelConfig("chatglm-6b", 64, 48, 2, 3, 80, 2048, 1e-5, 0, SpecialIds(50, 51, 54, 55, 3))
+CONFIG = ModelConfig("chatglm-6b", 64, 48, 2, 3, 80, 2048, 1e-5, 0, SpecialIds(50, 51, 54, 55, 3, 5))
 FULL_SIZE = ModelConfig(
-    "chatglm-6b", 130528, 4096, 28, 32, 16384, 2048, 1e-5, 0, SpecialIds(130000, 130001, 130004, 130005, 3)
+    "chatglm-6b", 130528, 4096, 28, 32, 16384, 2048, 1e-5, 0, SpecialIds(130000, 130001, 130004, 130005, 3, 5)
 )
 KINDS = {names.KIND_EMBEDDING: 0, names.KIND_BLOCK: 1, names.KIND_HEAD: -1}
 QUICK_OPSETS = (14, 17, DEFAULT_OPSET, 24)

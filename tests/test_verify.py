@@ -477,7 +477,7 @@ def test_the_cases_cover_what_was_promised(golden_bundle):
 
 @pytest.mark.parametrize("max_positions", [1, 2, 8, 70])
 def test_cases_of_models_with_few_positions(max_positions):
-    config = ModelConfig("x", 20, 8, 1, 2, 8, max_positions, 1e-5, 0, SpecialIds(15, 16, 17, 18, 3))
+    config = ModelConfig("x", 20, 8, 1, 2, 8, max_positions, 1e-5, 0, SpecialIds(15, 16, 17, 18, 3, 5))
     for case in make_cases(config, 2):
         for step in range(3):
             mask, positions = case.inputs(step)

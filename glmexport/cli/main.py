@@ -16,6 +16,9 @@ INTERRUPTED = 130
 
 COMMANDS = {
     "split": ("glmexport.cli.split", "Export a checkpoint as separate ONNX graphs."),
+    "slim": ("glmexport.cli.slim", "Drop vocabulary rows: the image tokens, or all but a chosen set."),
+    "embed": ("glmexport.cli.embed", "Store the embedding as raw rows (bf16), or share the LM head's."),
+    "quantize": ("glmexport.cli.quantize", "Quantize the blocks and the LM head to int8 or int4."),
     "verify": ("glmexport.cli.verify", "Prove a bundle equal to the PyTorch reference."),
     "inspect": ("glmexport.cli.inspect", "Show what a bundle or checkpoint holds."),
     "patches": ("glmexport.cli.patches", "List supported architectures and their transforms."),
@@ -54,6 +57,7 @@ def cli() -> None:
     Example:
       glmexport split chatglm-6b/ -o bundle/
       glmexport verify bundle/ chatglm-6b/
+      glmexport split chatglm-6b/ -o int4/ --slim --embedding bf16 --quantize int4
 
     Exit status: 0 done, 1 a verification failed, 2 bad input (one sentence says what), 130 stopped by Ctrl-C.
     """

@@ -5,10 +5,15 @@ from __future__ import annotations
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import click
 
 from glmexport.cli import output
+from glmexport.cli.derived import embedding_in_words
+from glmexport.cli.pass_options import EMBEDDINGS, passes_of_options, quantize_options, rounding_option, slim_options
+from glmexport.cli.quantize import show_report
+from glmexport.form import GRAPH, SHARED
 from glmexport.interface import ARGMAX_MODES, DEFAULT_OPSET, OPSETS
 
 
@@ -43,6 +48,18 @@ class SplitCommand(click.Command):
     show_default=True,
     help="Add the greedy `token_id` to the LM head, or give it alone (`only`).",
 )
+@click.option("--slim", is_flag=True, help="Drop the image-token rows, as `glmexport slim` does.")
+@slim_options
+@click.option(
+    "--embedding",
+    type=click.Choice([GRAPH, *EMBEDDINGS, SHARED]),
+    default=GRAPH,
+    show_default=True,
+    help="embedding.onnx, a raw file of rows, or the rows of the quantized LM head, as `glmexport embed` does.",
+)
+@rounding_option
+@click.option("--quantize", metavar="int8|int4", help="Quantize the blocks' matrices, as `glmexport quantize` does.")
+@quantize_options
 @click.option("--force", is_flag=True, help="Replace an existing bundle, or an empty directory.")
 @click.option("--dry-run", is_flag=True, help="Print files, bytes, memory and disk needed; read no tensor.")
 @click.option("--verify", "check", is_flag=True, help="Verify the bundle against the reference when it is written.")
@@ -57,6 +74,7 @@ def command(
     dry_run: bool,
     check: bool,
     quiet: bool,
+    **options: Any,
 ) -> None:
     """Export CHECKPOINT, a directory or hub id, as a bundle of separate ONNX graphs.
 
@@ -64,32 +82,43 @@ def command(
     and manifest.json. One matrix is in memory at a time. Nothing is written into the checkpoint, no code in it is run,
     and the bundle appears only when it is complete.
 
+    With the options of the passes the checkpoint goes straight to its final form, byte for byte what split, slim,
+    embed and quantize make one after the other, without float32 files in between.
+
     \b
     Examples:
       glmexport split chatglm-6b/ -o bundle/
+      glmexport split chatglm-6b/ -o int4/ --slim --embedding bf16 --quantize int4
       glmexport split chatglm-6b/ -o bundle/ --dry-run
       glmexport split zai-org/chatglm-6b --revision v1.1.0 -o bundle/ --argmax --verify
     """
     from glmexport.bundle import open_bundle
     from glmexport.bundle_writer import check_output
     from glmexport.checkpoint import open_checkpoint
+    from glmexport.quantize_report import quantize_report
     from glmexport.split import SplitOptions, check_apart, plan_split, split
 
     if not bundle.name:
         raise click.BadParameter("the name of a directory to make is needed.", param_hint="--output")
     if not dry_run:
         check_output(bundle, force=force)  # before a hub download that might take hours
-    options = SplitOptions(opset=opset, argmax=argmax)
     with open_checkpoint(checkpoint, revision) as source:
+        split_options = SplitOptions(opset, argmax, passes_of_options(options, source.config.num_blocks))
         check_apart(source.directory, bundle)
-        plan = plan_split(source, options)
+        plan = plan_split(source, split_options)
         if dry_run:
             _print_plan(dict(plan.files), plan.disk, plan.peak_memory, bundle)
             return
         with output.progress(quiet, plan.disk, "of the bundle") as advance:
-            split(source, bundle, options, force=force, notice=output.notifier(quiet), advance=advance)
+            written_draft = split(
+                source, bundle, split_options, force=force, notice=output.notifier(quiet), advance=advance
+            )
         written = open_bundle(bundle)
         total = sum(record.bytes for record in written.files.values())
+        if written.form.quantization is not None:
+            show_report(quantize_report(None, written))
+        if written.form.embedding.kind != GRAPH:
+            click.echo(f"embedding: {embedding_in_words(written_draft)}")
         click.echo(f"{bundle}: {len(written.graphs)} graphs, {len(written.files)} files, {output.size(total)}")
         if check:
             from glmexport.cli.verify import run_verify

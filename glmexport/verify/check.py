@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,16 +14,23 @@ import torch
 from glmexport import names
 from glmexport.bundle import Bundle, check_files
 from glmexport.checkpoint import Checkpoint
-from glmexport.errors import BundleError
+from glmexport.errors import BundleError, CheckpointError, GlmExportError
+from glmexport.form import GRAPH, RAW, RAW_DTYPES, TRUNCATE, EmbeddingForm
 from glmexport.graph_lint import lint_graph
 from glmexport.interface import graph_spec
-from glmexport.onnx_files import ExternalTensor, external_tensors, holds, load_graph, rows_of
+from glmexport.onnx_files import COMPARE_BYTES, ExternalTensor, holds, read_band, rows_of
+from glmexport.quantized_rows import QuantizedRows
 from glmexport.session import Session
+from glmexport.stored import stored_tensors_of
 from glmexport.verify.cases import Case, make_cases
+from glmexport.verify.expected import check_same_model, expected_draft
+from glmexport.verify.forms import form_in_words, graph_forms
+from glmexport.verify.matrices import check_matrix, record_complaints
 from glmexport.verify.reference import StreamedReference
 from glmexport.verify.report import Report, Row
 from glmexport.verify.structure import check_structure
-from glmexport.verify.tolerances import TOLERANCES, Tolerance
+from glmexport.verify.tolerances import CHAIN_BUDGETS, FORMS, TOLERANCES
+from glmexport.vocabulary import VocabularyMap
 
 DEFAULT_STEPS = 4
 """Decode steps after each prompt; few, because a model that does not stay in memory is read once a step."""
@@ -46,8 +54,8 @@ def verify(
     advance: called with what was just done, `progress_total` times for a bundle without damage.
     Raises BundleError where bundle and checkpoint are of different models, CheckpointError for unreadable weights.
     """
-    _check_same_model(bundle, checkpoint)
-    report = Report(str(bundle.directory), "float32")
+    check_same_model(bundle, checkpoint)
+    report = Report(str(bundle.directory), form_in_words(bundle))
     for name, complaint in check_files(bundle):
         advance(f"hash {name}")
         if complaint:
@@ -58,7 +66,14 @@ def verify(
     report.rows.extend(_lint(bundle, advance))
     if report.failures:
         return report
-    report.rows.extend(check_structure(bundle, checkpoint, advance))
+    try:
+        expected = expected_draft(bundle, checkpoint)
+    except CheckpointError:
+        raise
+    except GlmExportError as error:
+        report.rows.append(Row("all", "manifest", False, detail=str(error)))
+        return report
+    report.rows.extend(check_structure(bundle, expected, advance))
     with torch.inference_mode(), Session(bundle, resident_bytes=RESIDENT_BYTES) as session:
         try:
             _Comparison(bundle, checkpoint, session, report, steps, advance).run()
@@ -71,16 +86,6 @@ def progress_total(bundle: Bundle, steps: int = DEFAULT_STEPS) -> int:
     """How often `verify` calls `advance`."""
     graphs = len(bundle.graphs)
     return len(bundle.files) + 2 * graphs + (steps + 1) * graphs + graphs
-
-
-def _check_same_model(bundle: Bundle, checkpoint: Checkpoint) -> None:
-    if bundle.manifest.get("architecture") != checkpoint.patch.name or bundle.config != checkpoint.config:
-        ours, theirs = vars(bundle.config), vars(checkpoint.config)
-        differ = ", ".join(f"{key} {ours[key]} against {theirs[key]}" for key in ours if ours[key] != theirs[key])
-        raise BundleError(
-            f"{bundle.directory} was not made from {checkpoint.directory}: {differ or 'another architecture'}; "
-            f"give the checkpoint it was split from."
-        )
 
 
 def _lint(bundle: Bundle, advance: Advance) -> Iterator[Row]:
@@ -119,22 +124,26 @@ class _Run:
 
 @dataclass
 class _Worst:
-    """Largest absolute error and largest relative error seen; NaN sticks."""
+    """Largest absolute error, largest relative error and largest ‖error‖ / ‖reference‖ seen; NaN sticks."""
 
     absolute: float = 0.0
     relative: float = 0.0
+    norm: float = 0.0
     reference_is_finite: bool = True
 
     def add(self, found: Array, expected: Array) -> None:
         """Take in one pair of outputs; another shape counts as an infinite error."""
         if found.shape != expected.shape or found.dtype != expected.dtype:
-            self.absolute = self.relative = float("inf")
+            self.absolute = self.relative = self.norm = float("inf")
             return
         self.reference_is_finite &= bool(np.isfinite(expected).all())
-        error = float(np.abs(found - expected).max(initial=0.0))
+        difference = found - expected
+        error = float(np.abs(difference).max(initial=0.0))
         largest = float(np.abs(expected).max(initial=0.0))
         self.absolute = float(np.maximum(self.absolute, error))
         self.relative = float(np.maximum(self.relative, error / largest if largest else error))
+        size, length = float(np.linalg.norm(difference)), float(np.linalg.norm(expected))
+        self.norm = float(np.maximum(self.norm, size / length if length else size))
 
 
 class _Comparison:
@@ -146,8 +155,11 @@ class _Comparison:
         self._bundle, self._checkpoint, self._session = bundle, checkpoint, session
         self._report, self._advance = report, advance
         self._steps = steps
-        self._reference = StreamedReference(checkpoint)
-        self._tolerance: Tolerance = TOLERANCES[report.form]
+        self._forms = graph_forms(bundle)
+        self._chain_form = max(self._forms.values(), key=FORMS.index)
+        slim = bundle.form.slim
+        self._vocabulary = slim.vocabulary if slim else VocabularyMap.identity(checkpoint.config.vocab_size)
+        self._reference = StreamedReference(checkpoint, self._vocabulary)
         self._runs = [_Run(case) for case in make_cases(bundle.config, steps)]
 
     def run(self) -> None:
@@ -204,8 +216,16 @@ class _Comparison:
                 run.hidden.append(expected)
                 worst.add(self._session.embed(run.input_ids(step)), expected.numpy())
             self._add_row(names.EMBEDDING, run.case.name, worst)
-        self._add_exact(names.EMBEDDING, self._wrong_table(names.EMBEDDING, self._checkpoint.embedding_name), 1)
+        self._check_embedding_table()
         self._advance(f"compare {names.EMBEDDING}")
+
+    def _check_embedding_table(self) -> None:
+        name, form = self._checkpoint.embedding_name, self._bundle.form.embedding
+        if form.kind == GRAPH:
+            self._add_exact(names.EMBEDDING, self._wrong_table(self._stored(names.EMBEDDING), name), 1)
+        elif form.kind == RAW:
+            self._add_exact(names.EMBEDDING, self._wrong_rows(form, name), 1)
+        # shared rows are the LM head's, which is compared with the checkpoint where it is met
 
     def _compare_block(self, block_id: int) -> None:
         patch, graph = self._checkpoint.patch, names.block_name(block_id)
@@ -226,7 +246,7 @@ class _Comparison:
                     worst.add(ours, theirs.numpy())
                 run.hidden[step], past = expected[0], expected[1].contiguous()
             self._add_row(graph, run.case.name, worst)
-        self._add_exact(graph, self._wrong_weights(graph, weights), len(weights))
+        self._check_weights(graph, weights)
         self._advance(f"compare {graph}")
 
     def _compare_head_and_chain(self) -> None:
@@ -235,64 +255,110 @@ class _Comparison:
         final_norm = self._reference.module(patch.final_norm, weights)
         last = [run.hidden[step][-1] for run in self._runs for step in range(self._steps + 1)]
         logits = iter(torch.split(self._reference.logits(final_norm(torch.cat(last))), [len(rows) for rows in last]))
-        equal = total = 0
-        chain: list[tuple[str, _Worst, int, int]] = []
+        chains = []
         for run in self._runs:
-            head, whole, same = _Worst(), _Worst(), 0
+            head, chain = _Worst(), _Chain(run)
             for step in range(self._steps + 1):
                 expected = next(logits).numpy()
                 outputs = self._session.head(run.hidden[step].contiguous().numpy())
                 if names.LOGITS in outputs:
                     head.add(outputs[names.LOGITS], expected)
-                    whole.add(run.logits[step], expected)
-                if names.TOKEN_ID in outputs:
-                    margin = self._margin(expected, self._token(run, outputs))
+                if names.TOKEN_ID in outputs and self._forms[names.HEAD] == "float32":
+                    margin = _margin(expected, self._token(run, outputs))
                     head.add(margin, np.zeros(run.case.batch, np.float32))
-                same += int((self._margin(expected, run.tokens[step]) <= self._tolerance.absolute).sum())
-            count = run.case.batch * (self._steps + 1)
-            equal, total = equal + same, total + count
+                chain.add(step, expected)
             self._add_row(names.HEAD, run.case.name, head)
-            chain.append((run.case.name, whole, same, count))
-        wrong = self._wrong_table(names.HEAD, self._checkpoint.head_name) + self._wrong_weights(names.HEAD, weights)
-        self._add_exact(names.HEAD, wrong, len(weights) + 1)
-        for case, whole, same, count in chain:
-            self._add_row("chain", case, whole, f"{same}/{count} greedy tokens", same == count)
-        self._report.greedy = (equal, total)
+            chains.append(chain)
+        self._check_weights(names.HEAD, weights)
+        self._check_head_matrix()
+        for chain in chains:
+            self._add_chain(chain)
+        self._report.greedy = (sum(chain.same for chain in chains), sum(chain.count for chain in chains))
         self._advance(f"compare {names.HEAD}")
 
-    @staticmethod
-    def _margin(logits: Array, tokens: Array) -> Array:
-        """How far each token's reference logit is below the best one: float32 [batch]; 0 for the greedy token."""
-        margin: Array = logits.max(-1) - np.take_along_axis(logits, tokens[:, None], -1)[:, 0]
-        return margin
+    def _add_chain(self, chain: _Chain) -> None:
+        budget = CHAIN_BUDGETS.get(self._chain_form)
+        tokens = f"{chain.same}/{chain.count} greedy tokens"
+        if budget is None:
+            self._add_row("chain", chain.run.case.name, chain.worst, tokens, chain.same == chain.count)
+            return
+        passed = chain.same >= budget.greedy * chain.count
+        if chain.run.logits:
+            passed &= chain.worst.norm <= budget.logits and chain.divergence <= budget.divergence
+            tokens = f"KL {chain.divergence:.2e}, {tokens}"
+        row = Row("chain", chain.run.case.name, passed, chain.worst.absolute, chain.worst.norm, tokens)
+        self._report.rows.append(row)
 
-    def _wrong_weights(self, graph: str, weights: Mapping[str, torch.Tensor]) -> list[str]:
-        """Names of the stored weights of a block (or the final norm) that are not the checkpoint's, bit for bit."""
-        entry = next(entry for entry in self._bundle.graphs if entry["name"] == graph)
-        transposed = set(entry["transposed"])
-        stored = self._stored(graph)
-        wrong = []
+    def _check_weights(self, graph: str, weights: Mapping[str, torch.Tensor]) -> None:
+        """Rows about the stored weights of a block (or the final norm): bit for bit, or group by group."""
+        entry = self._bundle.graph(graph)
+        transposed, stored = set(entry["transposed"]), self._stored(graph)
+        wrong, exact = [], 0
         for name, value in weights.items():
+            if name in entry["matrices"]:
+                self._check_matrix(graph, name, tuple(value.shape), _rows_of_tensor(value))
+                continue
+            exact += 1
             expected = (value.t() if name in transposed else value).numpy()
             if name not in stored or not holds(self._bundle.directory, stored[name], expected.shape, rows_of(expected)):
                 wrong.append(name)
-        return wrong
+        self._add_exact(graph, wrong, exact)
 
-    def _wrong_table(self, graph: str, name: str) -> list[str]:
+    def _check_head_matrix(self) -> None:
+        name, config = self._checkpoint.head_name, self._bundle.config
+        if name in self._bundle.graph(names.HEAD)["matrices"]:
+            shape = (config.vocab_size, config.hidden_size)
+            self._check_matrix(
+                names.HEAD, name, shape, lambda start, stop: self._reference.table_rows(name, start, stop)
+            )
+        else:
+            self._add_exact(names.HEAD, self._wrong_table(self._stored(names.HEAD), name), 1)
+
+    def _check_matrix(
+        self, graph: str, name: str, shape: tuple[int, ...], rows: Callable[[int, int], torch.Tensor]
+    ) -> None:
+        quantization = self._bundle.form.quantization
+        record = self._bundle.graph(graph)["matrices"][name]
+        if quantization is None:
+            raise BundleError(f"{graph} has quantized matrices and the manifest does not say how they are stored.")
+        size = (shape[0], shape[1])
+        stored = QuantizedRows(self._bundle.directory, self._stored(graph), name, record, size, quantization.format)
+        finding = check_matrix(stored, rows)
+        complaints = record_complaints(record, finding)
+        if finding.bad_groups:
+            complaints.insert(0, f"{finding.bad_groups} of {finding.groups} groups are worse than plain rounding")
+        detail = f"{name.removesuffix('.weight')}: int{record['bits']}, cosine {finding.cosine:.6f}"
+        if complaints:
+            detail = f"{name}: {'; '.join(complaints)}"
+        row = Row(graph, "quantized weights", not complaints, relative_error=finding.relative_error, detail=detail)
+        self._report.rows.append(row)
+
+    def _wrong_table(self, stored: Mapping[str, ExternalTensor], name: str) -> list[str]:
         """`name` if that [vocab, hidden] matrix is not the checkpoint's, bit for bit; holds neither of them whole."""
-        stored, shape = self._stored(graph), self._checkpoint.info(name).shape
+        shape = (self._bundle.config.vocab_size, self._bundle.config.hidden_size)
+        rows = partial(self._reference.table_rows, name)
         same = name in stored and holds(
-            self._bundle.directory,
-            stored[name],
-            shape,
-            lambda start, stop: self._checkpoint.read_rows(name, start, stop).float().numpy(),
+            self._bundle.directory, stored[name], shape, lambda start, stop: rows(start, stop).numpy()
         )
         return [] if same else [name]
 
+    def _wrong_rows(self, form: EmbeddingForm, name: str) -> list[str]:
+        """The raw file's name if it is not the checkpoint's embedding, rounded by torch, byte for byte."""
+        file = self._bundle.form.embedding_file or ""
+        vocab, hidden = self._bundle.config.vocab_size, self._bundle.config.hidden_size
+        width = hidden * RAW_DTYPES[form.dtype].bytes
+        place = ExternalTensor(file, "uint8", (vocab, width), file, 0, vocab * width)
+        band = max(COMPARE_BYTES // width, 1)
+        for start in range(0, vocab, band):
+            stop = min(start + band, vocab)
+            expected = _as_stored(self._reference.table_rows(name, start, stop), form)
+            if not np.array_equal(read_band(self._bundle.directory, place, start, stop), expected):
+                return [file]
+        return []
+
     def _stored(self, graph: str) -> dict[str, ExternalTensor]:
         """The external tensors of a graph by name."""
-        model = load_graph(self._bundle.path(names.graph_file(graph)))
-        return {tensor.name: tensor for tensor in external_tensors(model, graph)}
+        return stored_tensors_of(self._bundle, graph)
 
     def _add_exact(self, graph: str, wrong: list[str], count: int) -> None:
         detail = f"differ from the checkpoint: {', '.join(wrong)}" if wrong else f"{count} tensors equal bit for bit"
@@ -301,5 +367,54 @@ class _Comparison:
     def _add_row(self, graph: str, case: str, worst: _Worst, detail: str = "", also: bool = True) -> None:
         if not worst.reference_is_finite:
             detail = f"{detail}, " * bool(detail) + "the reference's own numbers are not finite: look at its weights"
-        passed = also and self._tolerance.allows(worst.absolute, worst.relative)
-        self._report.rows.append(Row(graph, case, passed, worst.absolute, worst.relative, detail))
+        form = self._forms.get(graph, "float32")
+        passed = also and TOLERANCES[form].allows(worst.absolute, worst.relative, worst.norm)
+        relative = worst.relative if form == "float32" else worst.norm
+        self._report.rows.append(Row(graph, case, passed, worst.absolute, relative, detail))
+
+
+class _Chain:
+    """A case's whole chain against the reference, over its steps."""
+
+    def __init__(self, run: _Run) -> None:
+        self.run, self.worst = run, _Worst()
+        self.same = self.count = 0
+        self._divergences: list[float] = []
+
+    def add(self, step: int, expected: Array) -> None:
+        """Take in the reference's logits [batch, vocab] of one step."""
+        if self.run.logits:
+            self.worst.add(self.run.logits[step], expected)
+            self._divergences.append(_divergence(expected, self.run.logits[step]))
+        tied = TOLERANCES["float32"].absolute  # likeliest tokens this close are one to float32
+        self.same += int((_margin(expected, self.run.tokens[step]) <= tied).sum())
+        self.count += self.run.case.batch
+
+    @property
+    def divergence(self) -> float:
+        """Mean KL divergence in nats; 0 where the chain gave no logits."""
+        return float(np.mean(self._divergences)) if self._divergences else 0.0
+
+
+def _margin(logits: Array, tokens: Array) -> Array:
+    """How far each token's reference logit is below the best one: float32 [batch]; 0 for the greedy token."""
+    margin: Array = logits.max(-1) - np.take_along_axis(logits, tokens[:, None], -1)[:, 0]
+    return margin
+
+
+def _divergence(reference: Array, found: Array) -> float:
+    """Mean over the batch of KL(reference || found) in nats, of logits [batch, vocab]."""
+    ours, theirs = (torch.log_softmax(torch.from_numpy(logits).double(), -1) for logits in (found, reference))
+    return float((theirs.exp() * (theirs - ours)).sum(-1).mean())
+
+
+def _rows_of_tensor(value: torch.Tensor) -> Callable[[int, int], torch.Tensor]:
+    return lambda start, stop: value[start:stop]
+
+
+def _as_stored(rows: torch.Tensor, form: EmbeddingForm) -> Array:
+    """Float32 rows as bytes uint8 [rows, width] of a raw file, by torch's own rounding."""
+    if form.dtype == "bfloat16" and form.rounding == TRUNCATE:
+        halves = rows.contiguous().view(torch.int16).reshape(len(rows), -1, 2)  # little-endian: the upper half is last
+        return np.ascontiguousarray(halves[..., 1].numpy()).view(np.uint8)
+    return rows.to(getattr(torch, form.dtype)).contiguous().view(torch.uint8).numpy()

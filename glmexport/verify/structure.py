@@ -1,4 +1,4 @@
-"""What a bundle says of itself against what a split of the checkpoint would say: manifest, tokenizer, graphs.
+"""What a bundle says of itself against what the checkpoint gives in that form: manifest, small files, graphs.
 
 Numbers cannot show everything. A layernorm epsilon, a constant or a row of the embedding can be wrong in ways that no
 prompt of a verification meets, so each graph is compared with a fresh trace of the patched model, node by node.
@@ -6,43 +6,54 @@ prompt of a verification meets, so each graph is compared with a fresh trace of 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import onnx
 
 from glmexport import names
 from glmexport.bundle import Bundle
-from glmexport.checkpoint import Checkpoint, heads_equal
+from glmexport.draft import BundleDraft, GraphDraft, graph_entry
 from glmexport.errors import BundleError
-from glmexport.graphs import GraphPart, patched_parts
 from glmexport.interface import OPSETS
-from glmexport.onnx_files import external_tensors, holds, load_graph, rows_of
-from glmexport.stamping import buffer_values, external_shapes, graph_entry, skeleton_for, stamped_graph
+from glmexport.onnx_files import ExternalTensor, external_tensors, holds, load_graph, rows_of
+from glmexport.passes.slim_vocab import tokenizer_of_draft
+from glmexport.stored import stored_tensors
+from glmexport.tensors import ArrayTensor
 from glmexport.tools import EXPORT_TOOLS, tool_versions
 from glmexport.verify.report import Row
 
+FACTS = ("architecture", "model", "vocabulary", "embedding", "quantization", "tied", "opset", "argmax", "tokenizer")
+"""Keys of the manifest that follow from the checkpoint and the form."""
 
-def check_structure(bundle: Bundle, checkpoint: Checkpoint, advance: Callable[[str], None]) -> Iterator[Row]:
+MEASURED = ("relative_error", "cosine")
+"""What the manifest says of a quantized matrix and only its weights can tell."""
+
+
+def check_structure(bundle: Bundle, expected: BundleDraft, advance: Callable[[str], None]) -> Iterator[Row]:
     """Rows for the manifest, the tokenizer and every graph; passing graphs share one row.
 
-    advance: called once a graph. Raises BundleError for graphs that cannot be read.
+    expected: what the bundle must be. advance: called once a graph. Raises BundleError for graphs that cannot be read.
     """
-    yield _row("manifest", _manifest_complaints(bundle, checkpoint), "lists exactly what a split writes")
-    yield _row("tokenizer", _tokenizer_complaints(bundle, checkpoint), "files equal the checkpoint's")
+    yield _row("manifest", list(_manifest_complaints(bundle, expected)), "lists exactly what the checkpoint gives")
+    yield _row("tokenizer", *_tokenizer_complaints(bundle, expected))
     made_with = bundle.manifest.get("tools")
     ours = tool_versions()
     differ = [tool for tool in EXPORT_TOOLS if not isinstance(made_with, dict) or made_with.get(tool) != ours[tool]]
     failed = False
-    for part, entry in zip(patched_parts(checkpoint.patch, bundle.config, bundle.argmax), bundle.graphs, strict=True):
+    for graph, entry in zip(expected.graphs, bundle.graphs, strict=True):
         model = load_graph(bundle.path(entry["file"]))
-        complaints = [*_entry_complaints(part, model, entry), *_weight_complaints(bundle, part, model)]
+        complaints = [
+            *_entry_complaints(expected, graph, model, entry),
+            *_weight_complaints(bundle, graph, entry, model),
+        ]
         if not complaints and not differ:
-            complaints = list(_trace_complaints(bundle, checkpoint, part, model))
-        advance(f"structure {part.name}")
+            complaints = list(_trace_complaints(graph, model))
+        advance(f"structure {graph.name}")
         if complaints:
             failed = True
-            yield Row(part.name, "structure", False, detail=" ".join(complaints))
+            yield Row(graph.name, "structure", False, detail=" ".join(complaints))
     if not failed:
         count = len(bundle.graphs)
         detail = f"{count} graphs equal a fresh trace, node by node"
@@ -55,57 +66,103 @@ def _row(case: str, complaints: list[str], detail: str) -> Row:
     return Row("all", case, not complaints, detail=" ".join(complaints) or detail)
 
 
-def _manifest_complaints(bundle: Bundle, checkpoint: Checkpoint) -> list[str]:
-    graphs = {name for graph in bundle.graphs for name in (graph["file"], graph["data"])}
-    tokenizer = [path.name for path in checkpoint.tokenizer_files]
-    complaints = [
-        f"{name} belongs to no graph and not to the tokenizer."
-        for name in sorted({*bundle.files} - graphs - {*tokenizer})
-    ]
+def _manifest_complaints(bundle: Bundle, expected: BundleDraft) -> Iterator[str]:
+    files = {*expected.sizes()} - {names.MANIFEST}
+    for name in sorted({*bundle.files} - files):
+        yield f"{name} belongs to no graph and not to the tokenizer."
+    for name in sorted(files - {*bundle.files}):
+        yield f"{name} is missing."
     if bundle.opset not in OPSETS:
-        complaints.append(f"opset is {bundle.opset}, expected {OPSETS.start} to {OPSETS.stop - 1}.")
-    if bundle.manifest.get("tied") is not heads_equal(checkpoint):
-        complaints.append(f"tied is {bundle.manifest.get('tied')}, which the checkpoint's head and embedding are not.")
-    return complaints
+        yield f"opset is {bundle.opset}, expected {OPSETS.start} to {OPSETS.stop - 1}."
+    document = expected.manifest([])
+    for key in FACTS:
+        if bundle.manifest[key] != document[key]:
+            yield f"{key} is {bundle.manifest[key]!r:.120}, where the checkpoint gives {document[key]!r:.120}."
 
 
-def _tokenizer_complaints(bundle: Bundle, checkpoint: Checkpoint) -> list[str]:
-    expected = {path.name: path for path in checkpoint.tokenizer_files}
-    if bundle.manifest.get("tokenizer") != [*expected] or not {*expected} <= {*bundle.files}:
-        return [f"The manifest lists {bundle.manifest.get('tokenizer')!r:.200}, the checkpoint has {[*expected]}."]
-    return [
-        f"{name} differs from the checkpoint's."
-        for name, path in expected.items()
-        if bundle.path(name).read_bytes() != path.read_bytes()
+def _tokenizer_complaints(bundle: Bundle, expected: BundleDraft) -> tuple[list[str], str]:
+    """(complaints, what passes) about the small files, which are compared byte by byte, and about slimmed ids."""
+    small = {name: content for name, content in expected.files.items() if isinstance(content, bytes)}
+    complaints = [
+        f"{name} is not what the checkpoint gives."
+        for name, content in small.items()
+        if name in bundle.files and bundle.path(name).read_bytes() != content
     ]
+    if complaints or bundle.form.slim is None:
+        return complaints, "files equal the checkpoint's"
+    return _round_trip(bundle, expected)
 
 
-def _entry_complaints(part: GraphPart, model: onnx.ModelProto, entry: Any) -> Iterator[str]:
-    expected = graph_entry(part, model)
-    wrong = sorted(key for key in {*expected, *entry} if expected.get(key) != entry.get(key))
+def _round_trip(bundle: Bundle, expected: BundleDraft) -> tuple[list[str], str]:
+    """Every kept id through the full and the slimmed tokenizer: one piece, one text, and back to the same ids."""
+    slim = bundle.form.slim
+    slimmed, full = tokenizer_of_draft(expected), tokenizer_of_draft(expected, checkpoint_ids=True)
+    if slimmed is None or full is None or slim is None:
+        return [], "there is none"
+    old_ids = slim.vocabulary.old_ids()
+    wrong = []
+    for new_id, old_id in enumerate(old_ids.tolist()):
+        text = full.decode([old_id])
+        same = slimmed.piece(new_id) == full.piece(old_id) and slimmed.decode([new_id]) == text
+        through_full = np.array(full.encode(text), np.int64)
+        mapped = slim.vocabulary.to_new(through_full)
+        encoded = slimmed.encode(text)
+        # where the full tokenizer writes the text with pieces that were dropped, the text itself must survive
+        returns = encoded == mapped.tolist() if (mapped >= 0).all() else slimmed.decode(encoded) == text
+        if not (same and returns):
+            wrong.append(new_id)
     if wrong:
-        yield f"The manifest's {', '.join(wrong)} of {part.name} are not the graph's."
+        return [f"{len(wrong)} of {len(old_ids)} kept ids do not make the round trip, first {wrong[0]}."], ""
+    return [], f"files as the checkpoint gives them; {len(old_ids)} kept ids make the round trip"
 
 
-def _weight_complaints(bundle: Bundle, part: GraphPart, model: onnx.ModelProto) -> Iterator[str]:
-    stored = {tensor.name: tensor for tensor in external_tensors(model, part.name)}
-    expected = external_shapes(part)
+def _entry_complaints(
+    expected: BundleDraft, graph: GraphDraft, model: onnx.ModelProto, entry: Mapping[str, Any]
+) -> Iterator[str]:
+    ours = _unmeasured(graph_entry(expected, graph, model))
+    theirs = _unmeasured(entry)
+    wrong = sorted(key for key in {*ours, *theirs} if ours.get(key) != theirs.get(key))
+    if wrong:
+        yield f"The manifest's {', '.join(wrong)} of {graph.name} are not the graph's."
+
+
+def _unmeasured(entry: Mapping[str, Any]) -> dict[str, Any]:
+    matrices = {
+        name: {key: value for key, value in record.items() if key not in MEASURED}
+        for name, record in entry["matrices"].items()
+    }
+    return {**entry, "matrices": matrices}
+
+
+def _weight_complaints(
+    bundle: Bundle, graph: GraphDraft, entry: Mapping[str, Any], model: onnx.ModelProto
+) -> Iterator[str]:
+    stored = stored_tensors(bundle, model, entry)
+    expected = {tensor.name: tensor for tensor in graph.tensors}
     for name in sorted({*stored} ^ {*expected}):
         yield f"{name} is {'missing' if name in expected else 'one weight too many'}."
-    for name, value in buffer_values(part).items():
-        if name in stored and not holds(bundle.directory, stored[name], value.shape, rows_of(value)):
+    for name, tensor in expected.items():
+        if name not in stored:
+            continue
+        if (stored[name].dtype, stored[name].shape) != (tensor.dtype, tensor.shape):
+            found, ours = (f"{one.dtype} {list(one.shape)}" for one in (stored[name], tensor))
+            yield f"{name} is {found}, expected {ours}."
+        elif isinstance(tensor, ArrayTensor) and not _holds(bundle, stored[name], tensor):
             yield f"{name} does not hold the patch's values."
 
 
-def _trace_complaints(bundle: Bundle, checkpoint: Checkpoint, part: GraphPart, model: onnx.ModelProto) -> Iterator[str]:
-    skeleton = skeleton_for(checkpoint.patch, bundle.config, part.spec.kind, bundle.argmax, bundle.opset)
+def _holds(bundle: Bundle, place: ExternalTensor, tensor: ArrayTensor) -> bool:
+    return holds(bundle.directory, place, tensor.shape, rows_of(tensor.value))
+
+
+def _trace_complaints(graph: GraphDraft, model: onnx.ModelProto) -> Iterator[str]:
     try:
-        expected = stamped_graph(part, skeleton, external_tensors(model, part.name))
+        expected = graph.model(external_tensors(model, graph.name))
     except BundleError as error:
         yield str(error)
         return
     if model.SerializeToString(deterministic=True) != expected.SerializeToString(deterministic=True):
-        yield f"{names.graph_file(part.name)} is not what a fresh trace gives: {_first_difference(model, expected)}."
+        yield f"{names.graph_file(graph.name)} is not what a fresh trace gives: {_first_difference(model, expected)}."
 
 
 def _first_difference(found: onnx.ModelProto, expected: onnx.ModelProto) -> str:

@@ -1,4 +1,4 @@
-"""How far a bundle may be from the reference, per form of its weights, each with its reason."""
+"""How far a bundle may be from the reference, per form of its weights, each bound with its reason."""
 
 from __future__ import annotations
 
@@ -7,22 +7,70 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Tolerance:
-    """An output passes when its largest absolute error, or that over the largest reference value, is in bounds."""
+    """Bounds of one output of one graph; it passes when one of them holds.
+
+    absolute: largest absolute error. relative: that over the largest reference value. norm: ‖error‖ / ‖reference‖.
+    A bound of 0 asks for equal numbers.
+    """
 
     absolute: float
     relative: float
+    norm: float
     reason: str
 
-    def allows(self, absolute: float, relative: float) -> bool:
+    def allows(self, absolute: float, relative: float, norm: float) -> bool:
         """Whether errors pass; NaN never does."""
-        return absolute <= self.absolute or relative <= self.relative
+        return absolute <= self.absolute or relative <= self.relative or norm <= self.norm
 
+
+@dataclass(frozen=True)
+class ChainBudget:
+    """Bounds of a whole chain of graphs; a case passes when all of them hold.
+
+    logits: ‖error‖ / ‖reference‖ of the logits. divergence: mean KL divergence in nats of the next token's distribution
+    from the reference's. greedy: share of steps whose likeliest token is the reference's.
+    """
+
+    logits: float
+    divergence: float
+    greedy: float
+    reason: str
+
+
+FORMS = ("float32", "float16", "bfloat16", "int8", "int4")
+"""Forms of weights, the closest to the reference first; a chain is held to the budget of its coarsest part."""
 
 TOLERANCES = {
     "float32": Tolerance(
         1e-4,
         1e-5,
+        0.0,
         "the same float32 numbers summed in another order: sums of up to 16384 products differ by some 1e-6 of the "
         "largest value, and the absolute bound is for models whose activations stay near 1",
     ),
+    "float16": Tolerance(0.0, 0.0, 2.0**-11, "rows rounded to 11 significant bits: at most half a unit in the last"),
+    "bfloat16": Tolerance(0.0, 0.0, 2.0**-7, "rows rounded to 8 significant bits, or cut off there: one unit at most"),
+    "int8": Tolerance(
+        0.0,
+        0.0,
+        0.02,
+        "weights rounded to 1/127 of the largest of their group are 0.3 to 0.8 % off; activations rounded to 8 bits as "
+        "well (accuracy level 4) are as much off again, twice in a row in the MLP",
+    ),
+    "int4": Tolerance(
+        0.0,
+        0.0,
+        0.2,
+        "weights rounded to 1/7 or 1/8 of the largest of their group are 8 to 12 % off, twice in a row in the MLP; a "
+        "matrix that is read wrongly gives 100 % and more",
+    ),
+}
+
+CHAIN_BUDGETS = {
+    "float16": ChainBudget(0.01, 1e-3, 0.9, "an embedding off by 0.02 %, carried through every block"),
+    "bfloat16": ChainBudget(
+        0.03, 1e-2, 0.8, "an embedding off by 0.17 % (cut off: 0.33 %), carried through every block"
+    ),
+    "int8": ChainBudget(0.05, 0.02, 0.75, "blocks off by 1 % each, errors of many blocks adding up like noise"),
+    "int4": ChainBudget(0.5, 0.5, 0.25, "blocks off by some 10 % each, errors of many blocks adding up like noise"),
 }

@@ -1,0 +1,137 @@
+"""A checkpoint -> the draft of its bundle: every graph of the patched model, weights in float32, nothing read yet."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import onnx
+import torch
+
+from glmexport.checkpoint import Checkpoint
+from glmexport.config import ModelConfig
+from glmexport.draft import BundleDraft, GraphDraft, Notice
+from glmexport.form import Form
+from glmexport.graphs import GraphPart, patched_parts, stored_transposed
+from glmexport.onnx_files import Array
+from glmexport.patch import ModelPatch
+from glmexport.stamping import buffer_values, external_shapes, skeleton_for, stamped_graph
+from glmexport.tensors import SLICE_BYTES, ArrayTensor, Tensor, rows_per_slice
+from glmexport.tools import tool_versions
+
+
+def ignore_notice(message: str) -> None:
+    """Drop a notice."""
+
+
+@dataclass(frozen=True)
+class CheckpointTensor:
+    """A tensor of a checkpoint in float32, or its transpose; a Matrix where it has two axes.
+
+    notice: told once where a value is not finite.
+    """
+
+    checkpoint: Checkpoint
+    name: str
+    transposed: bool
+    notice: Notice
+
+    @property
+    def dtype(self) -> str:
+        """As stored in a bundle."""
+        return "float32"
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """As stored in a bundle."""
+        shape = self.checkpoint.info(self.name).shape
+        return shape[::-1] if self.transposed else shape
+
+    def slices(self) -> Iterator[Array]:
+        """Consecutive float32 slices. Raises CheckpointError."""
+        finite = True
+        for part in self._turned() if self.transposed else self._rows():
+            # a sum is not finite if any element is not; overflow of the sum itself is told apart by the slow check
+            if finite and not torch.isfinite(part.sum()) and not torch.isfinite(part).all():
+                finite = False
+                self.notice(f"{self.name} holds NaN or infinite values; they are exported as they are.")
+            yield part.numpy()
+
+    def bands(self) -> Iterator[Array]:
+        """Consecutive float32 bands of rows in the checkpoint's orientation. Raises CheckpointError."""
+        for part in self._rows():
+            yield part.numpy()
+
+    def _rows(self) -> Iterator[torch.Tensor]:
+        shape = self.checkpoint.info(self.name).shape
+        width = 1
+        for size in shape[1:]:
+            width *= size
+        for rows in self.checkpoint.read_bands(self.name, rows_per_slice(width)):
+            yield rows.float()
+
+    def _turned(self) -> Iterator[torch.Tensor]:
+        whole = self.checkpoint.read(self.name)  # [out, in]
+        outputs, inputs = whole.shape
+        band = max(SLICE_BYTES // (4 * outputs), 1)
+        for start in range(0, inputs, band):
+            # cast first: turning float32 is five times faster than turning float16 or doing both at once
+            yield whole[:, start : start + band].float().t().contiguous()
+
+
+def draft_of_checkpoint(
+    checkpoint: Checkpoint, opset: int, argmax: str, tied: bool, notice: Notice = ignore_notice
+) -> BundleDraft:
+    """What a split of `checkpoint` writes.
+
+    tied: whether head and embedding hold the same numbers (`checkpoint.heads_equal` reads both to tell).
+    notice: takes sentences for the user while tensors are read.
+    """
+    patch, config = checkpoint.patch, checkpoint.config
+    parts = patched_parts(patch, config, argmax)
+    dtypes = sorted({checkpoint.weights.info(name).dtype for name in checkpoint.weights.names()})
+    facts = {
+        "architecture": patch.name,
+        "tied": tied,
+        "opset": opset,
+        "argmax": argmax,
+        "tokenizer": [path.name for path in checkpoint.tokenizer_files],
+        "checkpoint": {"dtypes": dtypes, "bytes": checkpoint.weights.total_bytes},
+        "tools": tool_versions(),
+        "history": [],
+    }
+    graphs = tuple(
+        GraphDraft(
+            name=part.name,
+            tensors=_tensors(checkpoint, part, notice),
+            parameters=sum(parameter.numel() for parameter in part.module.parameters()),
+            make_model=model_of_part(patch, config, part, argmax, opset),
+        )
+        for part in parts
+    )
+    return BundleDraft(
+        facts, config, Form(), graphs, {path.name: path.read_bytes() for path in checkpoint.tokenizer_files}
+    )
+
+
+def model_of_part(
+    patch: ModelPatch, config: ModelConfig, part: GraphPart, argmax: str, opset: int
+) -> Callable[[], onnx.ModelProto]:
+    """A function that traces (once for each kind of graph) and gives the graph of a part without its weights."""
+    return partial(_model_of_part, patch, config, part, argmax, opset)
+
+
+def _model_of_part(patch: ModelPatch, config: ModelConfig, part: GraphPart, argmax: str, opset: int) -> onnx.ModelProto:
+    return stamped_graph(part, skeleton_for(patch, config, part.spec.kind, argmax, opset))
+
+
+def _tensors(checkpoint: Checkpoint, part: GraphPart, notice: Notice) -> tuple[Tensor, ...]:
+    transposed = {part.checkpoint_name(slot) for slot in stored_transposed(part.module)}
+    buffers = buffer_values(part)
+    return tuple(
+        ArrayTensor(name, buffers[name])
+        if name in buffers
+        else CheckpointTensor(checkpoint, name, name in transposed, notice)
+        for name in external_shapes(part)
+    )

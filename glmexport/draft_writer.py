@@ -1,0 +1,107 @@
+"""A draft -> a bundle on disk, each byte read once and written once."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from glmexport import names
+from glmexport.bundle import LinkedFile
+from glmexport.bundle_writer import BundleWriter
+from glmexport.draft import BundleDraft, GraphDraft, graph_entry
+from glmexport.errors import BundleError, ExportError
+from glmexport.graph_lint import lint_graph
+from glmexport.interface import graph_spec
+from glmexport.onnx_files import Array, ExternalDataWriter, load_graph
+from glmexport.tensors import Tensor
+
+Advance = Callable[[str, int], None]
+
+
+def ignore_advance(what: str, count: int) -> None:
+    """Drop a progress report."""
+
+
+def write_bundle(
+    draft: BundleDraft, output: Path, *, force: bool = False, copy: bool = False, advance: Advance = ignore_advance
+) -> Path:
+    """Write the bundle and return its path.
+
+    copy: unchanged files of another bundle instead of linking them. advance: takes (graph or file, bytes written) as
+    weights are written. Raises BundleError where the output may not be
+    written or the disk is too small (before starting), ExportError where a graph is not what it must be, and whatever
+    the tensors raise while they are read. No error leaves anything behind.
+    """
+    check_disk(output, sum(draft.sizes().values()) if copy else new_bytes(draft))
+    with BundleWriter(output, force=force, copy=copy) as writer:
+        entries = []
+        for graph in draft.graphs:
+            advance(graph.name, 0)
+            entries.append(_write_graph(writer, draft, graph, advance))
+        for name, content in draft.files.items():
+            advance(name, 0)
+            _write_file(writer, name, content, advance)
+        advance(names.MANIFEST, 0)
+        return writer.commit(draft.manifest(entries))
+
+
+def new_bytes(draft: BundleDraft) -> int:
+    """Bytes that must be free where the bundle goes: what is not linked."""
+    linked = {names.data_file(graph.name) for graph in draft.graphs if graph.data_link}
+    linked |= {name for name, content in draft.files.items() if isinstance(content, LinkedFile)}
+    return sum(size for name, size in draft.sizes().items() if name not in linked)
+
+
+def check_disk(output: Path, needed: int) -> None:
+    """Raise BundleError where fewer than `needed` bytes are free for `output`."""
+    place = output.absolute().parent
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    if free < needed:
+        raise BundleError(
+            f"{place} has {free / 1e6:,.1f} MB free and the bundle needs {needed / 1e6:,.1f} MB; free some or choose "
+            f"another output."
+        )
+
+
+def _write_graph(writer: BundleWriter, draft: BundleDraft, graph: GraphDraft, advance: Advance) -> dict[str, Any]:
+    data_name, graph_name = names.data_file(graph.name), names.graph_file(graph.name)
+    if graph.data_link is not None:
+        places = [tensor.place for tensor in graph.tensors]  # type: ignore[attr-defined]  # links come with FileTensor
+        writer.link(data_name, graph.data_link)
+        advance(graph.name, graph.data_bytes)
+    else:
+        with writer.create(data_name) as sink:
+            data = ExternalDataWriter(sink, data_name)
+            for tensor in graph.tensors:
+                data.add(tensor.name, tensor.dtype, tensor.shape, _reported(tensor, graph.name, advance))
+        places = data.tensors
+    if graph.graph_link is not None:
+        writer.link(graph_name, graph.graph_link)
+        return graph_entry(draft, graph, load_graph(writer.path(graph_name)))
+    model = graph.model(places)
+    writer.write_bytes(graph_name, model.SerializeToString(deterministic=True))
+    spec = graph_spec(graph.name, draft.config, draft.argmax)
+    complaints = lint_graph(writer.path(graph_name), spec, draft.opset)
+    if complaints:
+        raise ExportError("A graph breaks the bundle's rules, so nothing was written: " + " ".join(complaints))
+    return graph_entry(draft, graph, model)
+
+
+def _write_file(writer: BundleWriter, name: str, content: bytes | Tensor | LinkedFile, advance: Advance) -> None:
+    if isinstance(content, bytes):
+        writer.write_bytes(name, content)
+    elif isinstance(content, LinkedFile):
+        writer.link(name, content)
+    else:
+        with writer.create(name) as sink:
+            ExternalDataWriter(sink, name).add(name, content.dtype, content.shape, _reported(content, name, advance))
+
+
+def _reported(tensor: Tensor, what: str, advance: Advance) -> Iterator[Array]:
+    for part in tensor.slices():
+        yield part
+        advance(what, part.nbytes)

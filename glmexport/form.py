@@ -1,0 +1,176 @@
+"""The form of a bundle: what the passes made of the model, as the manifest states it and the runtime needs it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from glmexport.config import ModelConfig, SpecialIds
+from glmexport.errors import GlmExportError
+from glmexport.recipe import FORMATS
+from glmexport.vocabulary import VocabularyMap
+
+GRAPH, RAW, SHARED = "graph", "raw", "shared"
+EMBEDDING_KINDS = (GRAPH, RAW, SHARED)
+
+
+class RawDtype(NamedTuple):
+    """word: in options and file names. numpy: the type that holds its elements."""
+
+    word: str
+    numpy: str
+    bytes: int
+
+
+RAW_DTYPES = {
+    "bfloat16": RawDtype("bf16", "uint16", 2),
+    "float16": RawDtype("float16", "float16", 2),
+    "float32": RawDtype("float32", "float32", 4),
+}
+"""What a raw embedding file can hold, all little-endian."""
+
+NEAREST, TRUNCATE = "nearest-even", "truncate"
+ROUNDINGS = (NEAREST, TRUNCATE)
+RAW_STEM = "word_embeddings"
+SLIM_PREFIX = "slim_"
+ACCURACY_LEVELS = (0, 1, 4)
+"""0: the runtime's choice. 1: in float32. 4: activations rounded to 8 bits as well, integer products."""
+MIN_QDQ_OPSET = 21
+"""DequantizeLinear takes blocks and 4-bit integers from here on."""
+
+
+@dataclass(frozen=True)
+class Slim:
+    """A slimmed vocabulary.
+
+    vocabulary: old id -> new id. num_image_tokens: of the checkpoint, which is what its SentencePiece ids are off by.
+    """
+
+    vocabulary: VocabularyMap
+    num_image_tokens: int
+
+
+@dataclass(frozen=True)
+class EmbeddingForm:
+    """Where embedding rows come from.
+
+    kind: `graph` (embedding.onnx), `raw` (one row-major little-endian file), `shared` (the rows of the quantized LM
+    head). dtype, rounding and error (relative, of the whole table) speak of a raw file.
+    """
+
+    kind: str = GRAPH
+    dtype: str = "float32"
+    rounding: str = NEAREST
+
+
+@dataclass(frozen=True)
+class QuantizationForm:
+    """How quantized matrices are stored (`recipe.FORMATS`) and what a product with one is computed in.
+
+    int8_level, int4_level: MatMulNBits' accuracy level by the bits of the matrix (`ACCURACY_LEVELS`); 0 in qdq, where
+    a session option of the runtime says it.
+    """
+
+    format: str
+    int8_level: int
+    int4_level: int
+
+    def level(self, bits: int) -> int:
+        """The accuracy level for a matrix of so many bits."""
+        return self.int8_level if bits == 8 else self.int4_level
+
+
+@dataclass(frozen=True)
+class Form:
+    """All of it; the default is what a plain split makes."""
+
+    slim: Slim | None = None
+    embedding: EmbeddingForm = EmbeddingForm()
+    quantization: QuantizationForm | None = None
+
+    @property
+    def embedding_file(self) -> str | None:
+        """Name of the raw embedding file, None where there is none."""
+        if self.embedding.kind != RAW:
+            return None
+        prefix = SLIM_PREFIX if self.slim else ""
+        return f"{prefix}{RAW_STEM}_{RAW_DTYPES[self.embedding.dtype].word}.bin"
+
+    @property
+    def vocabulary_file(self) -> str:
+        """Name of the file with one piece a line."""
+        return f"{SLIM_PREFIX if self.slim else ''}vocab.txt"
+
+    def as_json(self) -> dict[str, Any]:
+        """The manifest's keys about it."""
+        slim = self.slim
+        embedding = dataclasses.asdict(self.embedding) if self.embedding.kind == RAW else {"kind": self.embedding.kind}
+        vocabulary = slim and {"num_image_tokens": slim.num_image_tokens, **slim.vocabulary.as_json()}
+        return {
+            "vocabulary": vocabulary,
+            "embedding": embedding,
+            "quantization": dataclasses.asdict(self.quantization) if self.quantization else None,
+        }
+
+
+def form_from_json(manifest: Mapping[str, Any]) -> Form:
+    """The form that a manifest states. Raises ValueError, KeyError or TypeError for one that there is not."""
+    return Form(
+        _slim(manifest["vocabulary"]), _embedding(manifest["embedding"]), _quantization(manifest["quantization"])
+    )
+
+
+def kept_special_ids(config: ModelConfig, drops_images: bool) -> dict[str, int]:
+    """Name -> old id of every id with a meaning of its own that a slimmed vocabulary must keep.
+
+    A padding id among the image rows, where these are dropped, becomes the text piece of that number: padding is hidden
+    from every row, so any id does.
+    """
+    ids = dataclasses.asdict(config.special_ids)
+    if drops_images and ids["pad"] < config.num_image_tokens:
+        ids["pad"] += config.num_image_tokens
+    return ids
+
+
+def slimmed_config(config: ModelConfig, vocabulary: VocabularyMap) -> ModelConfig:
+    """The config whose ids are those of the slimmed vocabulary. Raises GlmExportError where a special id is dropped."""
+    kept = vocabulary.old_ids()
+    old = kept_special_ids(config, drops_images=config.special_ids.pad not in kept)
+    dropped = [name for name, old_id in old.items() if old_id not in kept]
+    if dropped:
+        raise GlmExportError(f"The slimmed vocabulary lacks the special id {dropped[0]} ({old[dropped[0]]}); keep it.")
+    new = {name: vocabulary.new_id(old_id) for name, old_id in old.items()}
+    images = int((kept < config.num_image_tokens).sum())
+    return dataclasses.replace(
+        config, vocab_size=vocabulary.size, num_image_tokens=images, special_ids=SpecialIds(**new)
+    )
+
+
+def _slim(raw: Any) -> Slim | None:
+    if raw is None:
+        return None
+    count = raw["num_image_tokens"]
+    if type(count) is not int or count < 0:
+        raise ValueError(f"vocabulary.num_image_tokens is {count!r:.80}")
+    return Slim(VocabularyMap.from_json({key: raw[key] for key in raw if key != "num_image_tokens"}), count)
+
+
+def _embedding(raw: Any) -> EmbeddingForm:
+    if raw["kind"] not in EMBEDDING_KINDS:
+        raise ValueError(f"embedding.kind is {raw['kind']!r:.80}, expected one of {', '.join(EMBEDDING_KINDS)}")
+    if raw["kind"] != RAW:
+        return EmbeddingForm(raw["kind"])
+    if raw["dtype"] not in RAW_DTYPES or raw["rounding"] not in ROUNDINGS:
+        raise ValueError(f"embedding is stored as {raw['dtype']!r:.80}, rounded {raw['rounding']!r:.80}")
+    return EmbeddingForm(RAW, raw["dtype"], raw["rounding"])
+
+
+def _quantization(raw: Any) -> QuantizationForm | None:
+    if raw is None:
+        return None
+    levels = [raw["int8_level"], raw["int4_level"]]
+    if raw["format"] not in FORMATS or not all(type(level) is int and level in ACCURACY_LEVELS for level in levels):
+        raise ValueError(f"quantization is {raw!r:.120}")
+    return QuantizationForm(raw["format"], *levels)

@@ -1,0 +1,29 @@
+"""The same graphs at a higher opset: traced anew from the model's sizes, their weights where they are."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from glmexport.checkpoint_draft import model_of_part
+from glmexport.draft import BundleDraft
+from glmexport.errors import BundleError
+from glmexport.graphs import patched_parts
+from glmexport.patch import all_patches
+
+
+def lifted(draft: BundleDraft, opset: int) -> BundleDraft:
+    """The draft with every graph at `opset`; data files stay links. Raises BundleError for an unknown architecture."""
+    architecture = draft.facts["architecture"]
+    patch = next((patch for patch in all_patches() if patch.name == architecture), None)
+    if patch is None:
+        raise BundleError(f"The bundle's architecture {architecture!r:.80} is not one this glmexport knows.")
+    parts = {part.name: part for part in patched_parts(patch, draft.config, draft.argmax)}
+    graphs = tuple(
+        dataclasses.replace(
+            graph,
+            make_model=model_of_part(patch, draft.config, parts[graph.name], draft.argmax, opset),
+            graph_link=None,
+        )
+        for graph in draft.graphs
+    )
+    return dataclasses.replace(draft, graphs=graphs, facts={**draft.facts, "opset": opset})

@@ -1,0 +1,21 @@
+"""Passes: functions from the draft of a bundle to the draft of another, in a fixed order.
+
+1. `slim_vocab` first: it renumbers the ids, and rows that are dropped need not be rounded or quantized.
+2. `raw_embedding` next, where the embedding becomes a raw file: it is independent of what follows.
+3. `quantize_weights` after that: rows of a qdq head cannot be selected any more.
+4. `raw_embedding` again, where the embedding becomes the LM head's rows: they are quantized rows, which must exist.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from glmexport.draft import BundleDraft, Notice
+
+
+class Pass(Protocol):
+    """One step from draft to draft; what it is to do is frozen in it."""
+
+    def apply(self, draft: BundleDraft, notice: Notice) -> BundleDraft:
+        """The changed draft. Raises GlmExportError where the draft cannot be changed so."""
+        ...

@@ -1,0 +1,94 @@
+"""Choose int8 for the matrices where it helps most, int4 for the others, under a size for the whole bundle."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from glmexport.affine import Affine
+from glmexport.draft import BundleDraft
+from glmexport.errors import RecipeError
+from glmexport.form import QuantizationForm
+from glmexport.passes.quantize_weights import QuantizePass, matrices_of
+from glmexport.quantized import QuantizedMatrix
+from glmexport.recipe import Recipe, Rule
+from glmexport.tensors import matrix_shape
+
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+@dataclass(frozen=True)
+class _Choice:
+    """A matrix, the squared relative error that int8 would save it, and the bytes that it would cost."""
+
+    name: str
+    block_id: int | None
+    gain: float
+    cost: int
+
+
+def choose_recipe(
+    draft: BundleDraft,
+    target_bytes: int,
+    int4: Affine,
+    int8: Affine,
+    form: QuantizationForm,
+    advance: Callable[[str, int], None],
+) -> Recipe:
+    """The recipe whose bundle takes at most `target_bytes`, all files counted.
+
+    Every matrix is quantized to 4 bits once, to see what that does to it. The LM head is the first to get 8 bits, since
+    its error reaches the logits undiluted; then the others, most squared relative error a byte first. advance: takes
+    (matrix, bytes of float32 read). Raises RecipeError where int4 everywhere is too large already.
+    """
+    choices = []
+    for block_id, matrix in matrices_of(draft):
+        outputs, inputs = matrix_shape(matrix)
+        cost = int8.sizes(outputs, inputs).total - int4.sizes(outputs, inputs).total
+        error = QuantizedMatrix(matrix, int4, "matmulnbits").measure().relative_error
+        choices.append(_Choice(matrix.name, block_id, error**2, cost))
+        advance(f"measure {matrix.name}", 4 * outputs * inputs)
+    choices.sort(key=lambda choice: (choice.block_id is not None, -choice.gain / choice.cost))
+    chosen: list[_Choice] = []
+    smallest = _size(draft, _recipe([], int4, int8), form)
+    if smallest > target_bytes:
+        raise RecipeError(
+            f"With int4 everywhere the bundle takes {smallest:,} bytes, more than the {target_bytes:,} asked for; "
+            f"raise --target-size, or use a larger --group-size."
+        )
+    for choice in choices:
+        if _size(draft, _recipe([*chosen, choice], int4, int8), form) <= target_bytes:
+            chosen.append(choice)
+    return _recipe(chosen, int4, int8)
+
+
+def parse_size(text: str) -> int:
+    """Bytes of a size such as `3.2GB`, `800 MB`, `3GiB` or `1000000`. Raises RecipeError."""
+    match = re.fullmatch(r"\s*(\d{1,15}(?:\.\d{1,6})?)\s*([KMG]?I?B?)\s*", text.upper())
+    if match is None or match[2] not in _UNITS:
+        raise RecipeError(f"The size {text!r:.40} is none; expected a number with MB, GB, MiB or GiB, such as 3.2GB.")
+    return int(float(match[1]) * _UNITS[match[2]])
+
+
+def _recipe(chosen: list[_Choice], int4: Affine, int8: Affine) -> Recipe:
+    """Rules for the chosen matrices, one for each kind of matrix, then one for all others."""
+    blocks: dict[str, set[int]] = {}
+    rules = []
+    for choice in chosen:
+        if choice.block_id is None:
+            rules.append(Rule(choice.name, int8))
+        else:
+            kind = choice.name.replace(f".{choice.block_id}.", ".*.", 1)
+            blocks.setdefault(kind, set()).add(choice.block_id)
+    rules += [Rule(kind, int8, frozenset(ids)) for kind, ids in sorted(blocks.items())]
+    return Recipe((*rules, Rule("*", int4)))
+
+
+def _size(draft: BundleDraft, recipe: Recipe, form: QuantizationForm) -> int:
+    changed = QuantizePass(recipe, form).apply(draft, _ignore)
+    return sum(changed.sizes().values())
+
+
+def _ignore(message: str) -> None:
+    pass

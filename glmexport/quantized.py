@@ -1,0 +1,134 @@
+"""A float32 matrix as the tensors of its quantized form, quantized band by band while they are written."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from glmexport.affine import Affine, Fit, Layout, Quantized, to_qdq
+from glmexport.errors import GlmExportError
+from glmexport.onnx_files import Array
+from glmexport.quantize_kernels import quantize
+from glmexport.quantized_rows import CODES, SCALES, ZERO_POINTS, part_forms, part_name
+from glmexport.recipe import policy_record
+from glmexport.tensors import Matrix, Tensor, matrix_shape, read_ahead
+
+TURN_BYTES = 16 << 20
+
+
+@dataclass(frozen=True)
+class _Part:
+    """One of the tensors; scales and zero points are known when the codes were written, which come first."""
+
+    owner: QuantizedMatrix
+    part: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def name(self) -> str:
+        return part_name(self.owner.name, self.part)
+
+    def slices(self) -> Iterator[Array]:
+        yield from self.owner.codes() if self.part == CODES else [self.owner.rest(self.part)]
+
+
+class QuantizedMatrix:
+    """A matrix, how to quantize it, and what came of it.
+
+    tensors: codes, scales and, where asymmetric, zero points, in the order in which they must be written. The names end
+    in these words; shapes are those of `affine`'s layouts.
+    """
+
+    def __init__(self, matrix: Matrix, affine: Affine, layout: Layout) -> None:
+        self.name, self.affine, self.layout = matrix.name, affine, layout
+        self.outputs, self.inputs = matrix_shape(matrix)
+        self._matrix = matrix
+        self._rest: dict[str, Array] = {}
+        self._fit: Fit | None = None
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """What is written."""
+        forms = part_forms(self.affine, self.outputs, self.inputs, self.layout)
+        return tuple(_Part(self, part, dtype, shape) for part, (dtype, shape) in forms.items())
+
+    def codes(self) -> Iterator[Array]:
+        """The codes' bytes. Raises GlmExportError for weights that cannot be quantized."""
+        scales: list[Array] = []
+        points: list[Array] = []
+        whole: list[Array] = []
+        fit = Fit()
+        for rows in self._quantized():
+            fit += rows.fit
+            scales.append(rows.scales)
+            if rows.zero_points is not None:
+                points.append(rows.zero_points)
+            if self.layout == "matmulnbits":
+                yield rows.codes
+            else:
+                whole.append(rows.codes)
+        self._fit = fit
+        all_points = np.concatenate(points) if points else None
+        if self.layout == "matmulnbits":
+            self._keep(np.concatenate(scales), all_points)
+        else:
+            yield from self._turned(np.concatenate(whole), np.concatenate(scales), all_points)
+
+    def rest(self, part: str) -> Array:
+        """Scales or zero points, once the codes were asked for; they are handed out and forgotten."""
+        return self._rest.pop(part)
+
+    def measure(self) -> Fit:
+        """Quantize without keeping anything, for what it does to the weights."""
+        fit = Fit()
+        for rows in self._quantized():
+            fit += rows.fit
+        return fit
+
+    def record(self) -> dict[str, Any]:
+        """What the manifest says of the matrix, once it was written."""
+        fit = self._fit or Fit()
+        return {
+            **policy_record(self.affine),
+            "bytes": self.affine.sizes(self.outputs, self.inputs, self.layout).total,
+            "relative_error": fit.relative_error,
+            "cosine": fit.cosine,
+        }
+
+    def _quantized(self) -> Iterator[Quantized]:
+        for band in read_ahead(self._matrix.bands()):
+            try:
+                yield quantize(band, self.affine)
+            except GlmExportError as error:
+                raise GlmExportError(f"{self.name} cannot be quantized: {error}") from error
+
+    def _turned(self, codes: Array, scales: Array, points: Array | None) -> Iterator[Array]:
+        """The qdq layout, some groups of inputs at a time: turning it whole would take several copies."""
+        groups, block = scales.shape[1], self.affine.block_size(self.inputs)
+        step = max(TURN_BYTES // (self.outputs * block), 1) * 2  # even: their zero points end with a byte
+        turned_scales: list[Array] = []
+        turned_points: list[Array] = []
+        for start in range(0, groups, step):
+            stop = min(start + step, groups)
+            cut = slice(start * self.affine.bits // 8, -(-stop * self.affine.bits // 8))
+            part = to_qdq(
+                codes[:, start:stop],
+                scales[:, start:stop],
+                None if points is None else points[:, cut],
+                self.affine,
+                min(stop * block, self.inputs) - start * block,
+            )
+            yield part.codes
+            turned_scales.append(part.scales)
+            if part.zero_points is not None:
+                turned_points.append(part.zero_points)
+        if self.affine.per_channel:  # the same ones, however many inputs were asked for
+            del turned_scales[1:], turned_points[1:]
+        self._keep(np.concatenate(turned_scales), np.concatenate(turned_points) if turned_points else None)
+
+    def _keep(self, scales: Array, points: Array | None) -> None:
+        self._rest = {SCALES: scales} if points is None else {SCALES: scales, ZERO_POINTS: points}

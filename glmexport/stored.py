@@ -1,0 +1,35 @@
+"""Where the tensors of a bundle's graphs lie, believed only after it is checked."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import onnx
+
+from glmexport.bundle import Bundle
+from glmexport.errors import BundleError
+from glmexport.onnx_files import ExternalTensor, external_tensors, load_graph, stored_bytes
+
+
+def stored_tensors(bundle: Bundle, model: onnx.ModelProto, entry: Mapping[str, Any]) -> dict[str, ExternalTensor]:
+    """Name -> place of every external tensor of a loaded graph, all of them inside the graph's own data file.
+
+    entry: the manifest's, of that graph. Raises BundleError for a place that is elsewhere or of another size.
+    """
+    places = {}
+    for place in external_tensors(model, entry["file"]):
+        end, expected = place.offset + place.length, stored_bytes(place.dtype, place.shape)
+        if place.location != entry["data"] or place.length != expected or end > bundle.files[entry["data"]].bytes:
+            raise BundleError(
+                f"{entry['file']}: {place.name} lies at bytes {place.offset} to {end} of {place.location!r:.60}, "
+                f"expected {expected} bytes inside {entry['data']}; split the bundle again."
+            )
+        places[place.name] = place
+    return places
+
+
+def stored_tensors_of(bundle: Bundle, graph: str) -> dict[str, ExternalTensor]:
+    """The same of the graph of that name. Raises BundleError."""
+    entry = bundle.graph(graph)
+    return stored_tensors(bundle, load_graph(bundle.path(entry["file"])), entry)
