@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import fnmatch
 import re
+import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import tomllib
 
 from glmexport.affine import Affine
 from glmexport.errors import GlmExportError, RecipeError

@@ -104,8 +104,10 @@ class Session:
 
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
-        # packed copies of the matrices double a graph's memory and take a hundred times as long as mapping its file
-        options.add_session_config_entry("session.disable_prepacking", "1")
+        if not self._bundle.graph(graph)["matrices"]:
+            # packed copies of float32 matrices double a graph's memory and take a hundred times as long as mapping its
+            # file; quantized ones are multiplied with a hundred times slower where they are not packed
+            options.add_session_config_entry("session.disable_prepacking", "1")
         if self._threads is not None:
             options.intra_op_num_threads = self._threads
         path = self._bundle.path(names.graph_file(graph))

@@ -10,7 +10,17 @@ import click
 
 from glmexport.affine import METHODS, Affine
 from glmexport.errors import RecipeError
-from glmexport.form import GRAPH, NEAREST, RAW, RAW_DTYPES, ROUNDINGS, SHARED, EmbeddingForm, QuantizationForm
+from glmexport.form import (
+    ACTIVATIONS,
+    GRAPH,
+    NEAREST,
+    RAW,
+    RAW_DTYPES,
+    ROUNDINGS,
+    SHARED,
+    EmbeddingForm,
+    QuantizationForm,
+)
 from glmexport.recipe import DEFAULT_GROUP_SIZE, DEFAULT_METHOD, FORMATS, KEEP, Recipe, read_recipe, uniform_recipe
 
 if TYPE_CHECKING:
@@ -21,10 +31,6 @@ if TYPE_CHECKING:
 
 EMBEDDINGS = {row.word: dtype for dtype, row in RAW_DTYPES.items()}
 """Word on the command line -> dtype of a raw embedding file."""
-
-DEFAULT_LEVELS = {"int8_level": 1, "int4_level": 4}
-"""What products are computed in. Rounding activations to 8 bits is lost beside 4-bit weights, and doubles the error of
-8-bit ones."""
 
 QUANTIZE_WORDS = {"int8": "8", "int4": "4"}
 _BY_RECIPE = {"group-size": "group_size", "asymmetric": "asymmetric", "lm-bits": "lm_bits", "method": "method"}
@@ -80,9 +86,9 @@ def quantize_options(function: Callable[..., Any]) -> Callable[..., Any]:
             f"[default: {DEFAULT_METHOD}]",
         ),
         click.option(
-            "--accuracy-level",
-            type=click.Choice(["1", "4"]),
-            help="MatMulNBits computes in float32 (1) or with activations in int8 too (4).",
+            "--activations",
+            type=click.Choice([*ACTIVATIONS]),
+            help="What products round activations to.  [default: int8 for 4-bit matrices, int16 for 8-bit ones]",
         ),
         click.option("--recipe", type=FILE, metavar="FILE", help="TOML rules instead, for each matrix its own way."),
     )
@@ -146,18 +152,16 @@ def passes_of_options(options: Mapping[str, Any], num_blocks: int) -> tuple[Pass
 
 
 def quantization_form(options: Mapping[str, Any]) -> QuantizationForm:
-    """The form for `--format` and `--accuracy-level`. Raises RecipeError for a level in qdq."""
-    level = options["accuracy_level"]
-    if options["layout"] == "qdq":
-        if level is not None:
-            raise RecipeError(
-                "qdq graphs have no accuracy level: onnxruntime takes it from the session option "
-                "session.qdq_matmulnbits_accuracy_level; leave --accuracy-level out."
-            )
-        return QuantizationForm("qdq", 0, 0)
-    if level is None:
-        return QuantizationForm(options["layout"], **DEFAULT_LEVELS)
-    return QuantizationForm(options["layout"], int(level), int(level))
+    """The form for `--format` and `--activations`. Raises RecipeError for float32 activations in qdq."""
+    activations = options["activations"]
+    if activations is None:
+        return QuantizationForm(options["layout"])
+    if options["layout"] == "qdq" and activations == "float32":
+        raise RecipeError(
+            "A qdq graph cannot say that activations stay float32: onnxruntime has a session option for it, "
+            "session.qdq_matmulnbits_accuracy_level=1; leave --activations out."
+        )
+    return QuantizationForm(options["layout"], activations, activations)
 
 
 def affine_of_options(bits: str | int, options: Mapping[str, Any]) -> Affine:

@@ -11,13 +11,16 @@ import onnx
 from glmexport import names
 from glmexport.draft import BundleDraft, GraphDraft, Notice, as_matrix, is_matrix
 from glmexport.errors import BundleError, ExportError
-from glmexport.form import MIN_QDQ_OPSET, QuantizationForm
+from glmexport.form import ACTIVATIONS, MIN_QDQ_OPSET, QuantizationForm
+from glmexport.passes.wide_activations import with_wide_activations
 from glmexport.quantized import QuantizedMatrix
 from glmexport.quantized_rows import CODES, SCALES, ZERO_POINTS, part_name
 from glmexport.recipe import Recipe
 from glmexport.tensors import Matrix
 
 CONTRIB_DOMAIN = "com.microsoft"
+FUSED_CHANNEL_BLOCK = 32
+"""The group that onnxruntime gives a DequantizeLinear with one scale per channel when it fuses it with its product."""
 
 
 @dataclass(frozen=True)
@@ -99,8 +102,12 @@ def quantized_graph(
         if name not in chosen:
             nodes.append(node)
             continue
+        matrix = chosen[name]
         make = _nbits_nodes if form.format == "matmulnbits" else _qdq_nodes
-        nodes.extend(make(node, chosen[name], form))
+        product = make(node, matrix, form)
+        if form.activations(matrix.affine.bits) == "int16":
+            product = with_wide_activations(model, product, matrix.inputs, _activation_block(matrix), node.name)
+        nodes.extend(product)
         replaced.append(name)
     if sorted(replaced) != sorted(chosen):
         wrong = sorted({*chosen} ^ {*replaced} or {*chosen})
@@ -110,6 +117,13 @@ def quantized_graph(
     if form.format == "matmulnbits":
         model.opset_import.append(onnx.helper.make_opsetid(CONTRIB_DOMAIN, 1))
     return model
+
+
+def _activation_block(matrix: QuantizedMatrix) -> int:
+    """How many inputs share a scale when onnxruntime rounds them: those of a group, as far as it knows of it."""
+    if matrix.layout == "qdq" and matrix.affine.per_channel:
+        return FUSED_CHANNEL_BLOCK
+    return matrix.affine.block_size(matrix.inputs)
 
 
 def _is_product(node: onnx.NodeProto) -> bool:
@@ -133,7 +147,7 @@ def _nbits_nodes(node: onnx.NodeProto, matrix: QuantizedMatrix, form: Quantizati
             N=matrix.outputs,
             bits=matrix.affine.bits,
             block_size=matrix.affine.block_size(matrix.inputs),
-            accuracy_level=form.level(matrix.affine.bits),
+            accuracy_level=ACTIVATIONS[form.activations(matrix.affine.bits)],
         )
     ]
 
