@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,19 +14,16 @@ from glmexport import names
 from glmexport.bundle import Bundle, check_files
 from glmexport.checkpoint import Checkpoint
 from glmexport.errors import BundleError, CheckpointError, GlmExportError
-from glmexport.form import GRAPH, RAW, RAW_DTYPES, TRUNCATE, EmbeddingForm
 from glmexport.graph_lint import lint_graph
 from glmexport.interface import graph_spec
-from glmexport.onnx_files import COMPARE_BYTES, ExternalTensor, holds, read_band, rows_of
-from glmexport.quantized_rows import QuantizedRows
 from glmexport.session import Session
-from glmexport.stored import stored_tensors_of
 from glmexport.verify.cases import Case, make_cases
 from glmexport.verify.expected import check_same_model, expected_draft
 from glmexport.verify.forms import form_in_words, graph_forms
-from glmexport.verify.matrices import check_matrix, record_complaints
+from glmexport.verify.measures import NextTokens, Worst, margin
 from glmexport.verify.reference import StreamedReference
 from glmexport.verify.report import Report, Row
+from glmexport.verify.stored_weights import StoredWeights
 from glmexport.verify.structure import check_structure
 from glmexport.verify.tolerances import CHAIN_BUDGETS, FORMS, TOLERANCES
 from glmexport.vocabulary import VocabularyMap
@@ -122,30 +118,6 @@ class _Run:
         return self.case.prompt.input_ids if step == 0 else self.tokens[step - 1][:, None]
 
 
-@dataclass
-class _Worst:
-    """Largest absolute error, largest relative error and largest ‖error‖ / ‖reference‖ seen; NaN sticks."""
-
-    absolute: float = 0.0
-    relative: float = 0.0
-    norm: float = 0.0
-    reference_is_finite: bool = True
-
-    def add(self, found: Array, expected: Array) -> None:
-        """Take in one pair of outputs; another shape counts as an infinite error."""
-        if found.shape != expected.shape or found.dtype != expected.dtype:
-            self.absolute = self.relative = self.norm = float("inf")
-            return
-        self.reference_is_finite &= bool(np.isfinite(expected).all())
-        difference = found - expected
-        error = float(np.abs(difference).max(initial=0.0))
-        largest = float(np.abs(expected).max(initial=0.0))
-        self.absolute = float(np.maximum(self.absolute, error))
-        self.relative = float(np.maximum(self.relative, error / largest if largest else error))
-        size, length = float(np.linalg.norm(difference)), float(np.linalg.norm(expected))
-        self.norm = float(np.maximum(self.norm, size / length if length else size))
-
-
 class _Comparison:
     """The numeric part: the graphs generate first, then the reference is streamed once over prompts and answers."""
 
@@ -158,8 +130,9 @@ class _Comparison:
         self._forms = graph_forms(bundle)
         self._chain_form = max(self._forms.values(), key=FORMS.index)
         slim = bundle.form.slim
-        self._vocabulary = slim.vocabulary if slim else VocabularyMap.identity(checkpoint.config.vocab_size)
-        self._reference = StreamedReference(checkpoint, self._vocabulary)
+        vocabulary = slim.vocabulary if slim else VocabularyMap.identity(checkpoint.config.vocab_size)
+        self._reference = StreamedReference(checkpoint, vocabulary)
+        self._weights = StoredWeights(bundle, checkpoint, self._reference)
         self._runs = [_Run(case) for case in make_cases(bundle.config, steps)]
 
     def run(self) -> None:
@@ -210,22 +183,14 @@ class _Comparison:
 
     def _compare_embedding(self) -> None:
         for run in self._runs:
-            worst = _Worst()
+            worst = Worst()
             for step in range(self._steps + 1):
                 expected = self._reference.embed(run.input_ids(step))
                 run.hidden.append(expected)
                 worst.add(self._session.embed(run.input_ids(step)), expected.numpy())
             self._add_row(names.EMBEDDING, run.case.name, worst)
-        self._check_embedding_table()
+        self._report.rows.extend(self._weights.embedding())
         self._advance(f"compare {names.EMBEDDING}")
-
-    def _check_embedding_table(self) -> None:
-        name, form = self._checkpoint.embedding_name, self._bundle.form.embedding
-        if form.kind == GRAPH:
-            self._add_exact(names.EMBEDDING, self._wrong_table(self._stored(names.EMBEDDING), name), 1)
-        elif form.kind == RAW:
-            self._add_exact(names.EMBEDDING, self._wrong_rows(form, name), 1)
-        # shared rows are the LM head's, which is compared with the checkpoint where it is met
 
     def _compare_block(self, block_id: int) -> None:
         patch, graph = self._checkpoint.patch, names.block_name(block_id)
@@ -233,7 +198,7 @@ class _Comparison:
         weights = self._reference.weights(path)
         block = self._reference.module(path, weights)
         for run in self._runs:
-            worst, past = _Worst(), torch.from_numpy(self._session.empty_past(run.case.batch))
+            worst, past = Worst(), torch.from_numpy(self._session.empty_past(run.case.batch))
             for step in range(self._steps + 1):
                 mask, positions = run.case.inputs(step)
                 found = self._session.block(
@@ -246,7 +211,7 @@ class _Comparison:
                     worst.add(ours, theirs.numpy())
                 run.hidden[step], past = expected[0], expected[1].contiguous()
             self._add_row(graph, run.case.name, worst)
-        self._check_weights(graph, weights)
+        self._report.rows.extend(self._weights.graph(graph, weights))
         self._advance(f"compare {graph}")
 
     def _compare_head_and_chain(self) -> None:
@@ -257,164 +222,45 @@ class _Comparison:
         logits = iter(torch.split(self._reference.logits(final_norm(torch.cat(last))), [len(rows) for rows in last]))
         chains = []
         for run in self._runs:
-            head, chain = _Worst(), _Chain(run)
+            head, chain = Worst(), NextTokens()
             for step in range(self._steps + 1):
                 expected = next(logits).numpy()
                 outputs = self._session.head(run.hidden[step].contiguous().numpy())
                 if names.LOGITS in outputs:
                     head.add(outputs[names.LOGITS], expected)
                 if names.TOKEN_ID in outputs and self._forms[names.HEAD] == "float32":
-                    margin = _margin(expected, self._token(run, outputs))
-                    head.add(margin, np.zeros(run.case.batch, np.float32))
-                chain.add(step, expected)
+                    missed = margin(expected, self._token(run, outputs))
+                    head.add(missed, np.zeros(run.case.batch, np.float32))
+                chain.add(expected, run.tokens[step], run.logits[step] if run.logits else None)
             self._add_row(names.HEAD, run.case.name, head)
             chains.append(chain)
-        self._check_weights(names.HEAD, weights)
-        self._check_head_matrix()
-        for chain in chains:
-            self._add_chain(chain)
-        self._report.greedy = (sum(chain.same for chain in chains), sum(chain.count for chain in chains))
+        self._report.rows.extend(self._weights.graph(names.HEAD, weights))
+        self._report.rows.extend(self._weights.head_matrix())
+        self._add_chains(chains)
         self._advance(f"compare {names.HEAD}")
 
-    def _add_chain(self, chain: _Chain) -> None:
-        budget = CHAIN_BUDGETS.get(self._chain_form)
-        tokens = f"{chain.same}/{chain.count} greedy tokens"
-        if budget is None:
-            self._add_row("chain", chain.run.case.name, chain.worst, tokens, chain.same == chain.count)
-            return
-        passed = chain.same >= budget.greedy * chain.count
-        if chain.run.logits:
-            passed &= chain.worst.norm <= budget.logits and chain.divergence <= budget.divergence
-            tokens = f"KL {chain.divergence:.2e}, {tokens}"
-        row = Row("chain", chain.run.case.name, passed, chain.worst.absolute, chain.worst.norm, tokens)
-        self._report.rows.append(row)
+    def _add_chains(self, chains: list[NextTokens]) -> None:
+        """A row for each case, and where tokens may differ one for all cases: few steps tell little of them."""
+        budget, whole = CHAIN_BUDGETS.get(self._chain_form), NextTokens()
+        for run, chain in zip(self._runs, chains, strict=True):
+            tokens, worst = f"{chain.same}/{chain.count} greedy tokens", chain.worst
+            if budget is None:
+                self._add_row("chain", run.case.name, worst, tokens, chain.same == chain.count)
+            else:
+                passed = worst.norm <= budget.logits
+                self._report.rows.append(Row("chain", run.case.name, passed, worst.absolute, worst.norm, tokens))
+            whole.merge(chain)
+        if budget is not None:
+            share = whole.same / whole.count
+            passed = share >= budget.greedy and whole.divergence <= budget.divergence
+            detail = f"KL divergence {whole.divergence:.2e} nats, {share:.0%} of greedy tokens"
+            self._report.rows.append(Row("chain", "next token", passed, detail=detail))
+        self._report.greedy = (whole.same, whole.count)
 
-    def _check_weights(self, graph: str, weights: Mapping[str, torch.Tensor]) -> None:
-        """Rows about the stored weights of a block (or the final norm): bit for bit, or group by group."""
-        entry = self._bundle.graph(graph)
-        transposed, stored = set(entry["transposed"]), self._stored(graph)
-        wrong, exact = [], 0
-        for name, value in weights.items():
-            if name in entry["matrices"]:
-                self._check_matrix(graph, name, tuple(value.shape), _rows_of_tensor(value))
-                continue
-            exact += 1
-            expected = (value.t() if name in transposed else value).numpy()
-            if name not in stored or not holds(self._bundle.directory, stored[name], expected.shape, rows_of(expected)):
-                wrong.append(name)
-        self._add_exact(graph, wrong, exact)
-
-    def _check_head_matrix(self) -> None:
-        name, config = self._checkpoint.head_name, self._bundle.config
-        if name in self._bundle.graph(names.HEAD)["matrices"]:
-            shape = (config.vocab_size, config.hidden_size)
-            self._check_matrix(
-                names.HEAD, name, shape, lambda start, stop: self._reference.table_rows(name, start, stop)
-            )
-        else:
-            self._add_exact(names.HEAD, self._wrong_table(self._stored(names.HEAD), name), 1)
-
-    def _check_matrix(
-        self, graph: str, name: str, shape: tuple[int, ...], rows: Callable[[int, int], torch.Tensor]
-    ) -> None:
-        quantization = self._bundle.form.quantization
-        record = self._bundle.graph(graph)["matrices"][name]
-        if quantization is None:
-            raise BundleError(f"{graph} has quantized matrices and the manifest does not say how they are stored.")
-        size = (shape[0], shape[1])
-        stored = QuantizedRows(self._bundle.directory, self._stored(graph), name, record, size, quantization.format)
-        finding = check_matrix(stored, rows)
-        complaints = record_complaints(record, finding)
-        if finding.bad_groups:
-            complaints.insert(0, f"{finding.bad_groups} of {finding.groups} groups are worse than plain rounding")
-        detail = f"{name.removesuffix('.weight')}: int{record['bits']}, cosine {finding.cosine:.6f}"
-        if complaints:
-            detail = f"{name}: {'; '.join(complaints)}"
-        row = Row(graph, "quantized weights", not complaints, relative_error=finding.relative_error, detail=detail)
-        self._report.rows.append(row)
-
-    def _wrong_table(self, stored: Mapping[str, ExternalTensor], name: str) -> list[str]:
-        """`name` if that [vocab, hidden] matrix is not the checkpoint's, bit for bit; holds neither of them whole."""
-        shape = (self._bundle.config.vocab_size, self._bundle.config.hidden_size)
-        rows = partial(self._reference.table_rows, name)
-        same = name in stored and holds(
-            self._bundle.directory, stored[name], shape, lambda start, stop: rows(start, stop).numpy()
-        )
-        return [] if same else [name]
-
-    def _wrong_rows(self, form: EmbeddingForm, name: str) -> list[str]:
-        """The raw file's name if it is not the checkpoint's embedding, rounded by torch, byte for byte."""
-        file = self._bundle.form.embedding_file or ""
-        vocab, hidden = self._bundle.config.vocab_size, self._bundle.config.hidden_size
-        width = hidden * RAW_DTYPES[form.dtype].bytes
-        place = ExternalTensor(file, "uint8", (vocab, width), file, 0, vocab * width)
-        band = max(COMPARE_BYTES // width, 1)
-        for start in range(0, vocab, band):
-            stop = min(start + band, vocab)
-            expected = _as_stored(self._reference.table_rows(name, start, stop), form)
-            if not np.array_equal(read_band(self._bundle.directory, place, start, stop), expected):
-                return [file]
-        return []
-
-    def _stored(self, graph: str) -> dict[str, ExternalTensor]:
-        """The external tensors of a graph by name."""
-        return stored_tensors_of(self._bundle, graph)
-
-    def _add_exact(self, graph: str, wrong: list[str], count: int) -> None:
-        detail = f"differ from the checkpoint: {', '.join(wrong)}" if wrong else f"{count} tensors equal bit for bit"
-        self._report.rows.append(Row(graph, "weights", not wrong, detail=detail))
-
-    def _add_row(self, graph: str, case: str, worst: _Worst, detail: str = "", also: bool = True) -> None:
+    def _add_row(self, graph: str, case: str, worst: Worst, detail: str = "", also: bool = True) -> None:
         if not worst.reference_is_finite:
             detail = f"{detail}, " * bool(detail) + "the reference's own numbers are not finite: look at its weights"
         form = self._forms.get(graph, "float32")
         passed = also and TOLERANCES[form].allows(worst.absolute, worst.relative, worst.norm)
         relative = worst.relative if form == "float32" else worst.norm
         self._report.rows.append(Row(graph, case, passed, worst.absolute, relative, detail))
-
-
-class _Chain:
-    """A case's whole chain against the reference, over its steps."""
-
-    def __init__(self, run: _Run) -> None:
-        self.run, self.worst = run, _Worst()
-        self.same = self.count = 0
-        self._divergences: list[float] = []
-
-    def add(self, step: int, expected: Array) -> None:
-        """Take in the reference's logits [batch, vocab] of one step."""
-        if self.run.logits:
-            self.worst.add(self.run.logits[step], expected)
-            self._divergences.append(_divergence(expected, self.run.logits[step]))
-        tied = TOLERANCES["float32"].absolute  # likeliest tokens this close are one to float32
-        self.same += int((_margin(expected, self.run.tokens[step]) <= tied).sum())
-        self.count += self.run.case.batch
-
-    @property
-    def divergence(self) -> float:
-        """Mean KL divergence in nats; 0 where the chain gave no logits."""
-        return float(np.mean(self._divergences)) if self._divergences else 0.0
-
-
-def _margin(logits: Array, tokens: Array) -> Array:
-    """How far each token's reference logit is below the best one: float32 [batch]; 0 for the greedy token."""
-    margin: Array = logits.max(-1) - np.take_along_axis(logits, tokens[:, None], -1)[:, 0]
-    return margin
-
-
-def _divergence(reference: Array, found: Array) -> float:
-    """Mean over the batch of KL(reference || found) in nats, of logits [batch, vocab]."""
-    ours, theirs = (torch.log_softmax(torch.from_numpy(logits).double(), -1) for logits in (found, reference))
-    return float((theirs.exp() * (theirs - ours)).sum(-1).mean())
-
-
-def _rows_of_tensor(value: torch.Tensor) -> Callable[[int, int], torch.Tensor]:
-    return lambda start, stop: value[start:stop]
-
-
-def _as_stored(rows: torch.Tensor, form: EmbeddingForm) -> Array:
-    """Float32 rows as bytes uint8 [rows, width] of a raw file, by torch's own rounding."""
-    if form.dtype == "bfloat16" and form.rounding == TRUNCATE:
-        halves = rows.contiguous().view(torch.int16).reshape(len(rows), -1, 2)  # little-endian: the upper half is last
-        return np.ascontiguousarray(halves[..., 1].numpy()).view(np.uint8)
-    return rows.to(getattr(torch, form.dtype)).contiguous().view(torch.uint8).numpy()

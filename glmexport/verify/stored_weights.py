@@ -1,0 +1,121 @@
+"""What a bundle stores against the checkpoint's tensors: bit for bit, rounded bit for bit, or group by group."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from glmexport import names
+from glmexport.bundle import Bundle
+from glmexport.checkpoint import Checkpoint
+from glmexport.errors import BundleError
+from glmexport.form import GRAPH, RAW, RAW_DTYPES, TRUNCATE, EmbeddingForm
+from glmexport.onnx_files import COMPARE_BYTES, ExternalTensor, holds, read_band, rows_of
+from glmexport.quantized_rows import QuantizedRows
+from glmexport.stored import stored_tensors_of
+from glmexport.verify.matrices import check_matrix, record_complaints
+from glmexport.verify.reference import StreamedReference
+from glmexport.verify.report import Row
+
+Array = npt.NDArray[Any]
+Rows = Callable[[int, int], torch.Tensor]
+
+
+class StoredWeights:
+    """The weights of one bundle; each method yields rows for the report. Raises BundleError for unreadable files."""
+
+    def __init__(self, bundle: Bundle, checkpoint: Checkpoint, reference: StreamedReference) -> None:
+        self._bundle, self._checkpoint, self._reference = bundle, checkpoint, reference
+
+    def embedding(self) -> Iterator[Row]:
+        """The embedding, whatever it is; shared rows are the LM head's, which is compared where it is met."""
+        name, form = self._checkpoint.embedding_name, self._bundle.form.embedding
+        if form.kind == GRAPH:
+            yield _exact(names.EMBEDDING, self._wrong_table(names.EMBEDDING, name), 1)
+        elif form.kind == RAW:
+            yield _exact(names.EMBEDDING, self._wrong_raw_rows(form, name), 1)
+
+    def graph(self, graph: str, weights: Mapping[str, torch.Tensor]) -> Iterator[Row]:
+        """The weights of a block, or of the final norm of the head, which are all in memory."""
+        entry = self._bundle.graph(graph)
+        transposed, stored = set(entry["transposed"]), stored_tensors_of(self._bundle, graph)
+        wrong, exact = [], 0
+        for name, value in weights.items():
+            if name in entry["matrices"]:
+                yield self._matrix(graph, name, value.shape, _rows_of_tensor(value))
+                continue
+            exact += 1
+            expected = (value.t() if name in transposed else value).numpy()
+            if name not in stored or not holds(self._bundle.directory, stored[name], expected.shape, rows_of(expected)):
+                wrong.append(name)
+        yield _exact(graph, wrong, exact)
+
+    def head_matrix(self) -> Iterator[Row]:
+        """The LM head [vocab, hidden], streamed."""
+        name = self._checkpoint.head_name
+        if name in self._bundle.graph(names.HEAD)["matrices"]:
+            yield self._matrix(names.HEAD, name, self._table_shape(), partial(self._reference.table_rows, name))
+        else:
+            yield _exact(names.HEAD, self._wrong_table(names.HEAD, name), 1)
+
+    def _matrix(self, graph: str, name: str, shape: tuple[int, ...], rows: Rows) -> Row:
+        quantization = self._bundle.form.quantization
+        record = self._bundle.graph(graph)["matrices"][name]
+        if quantization is None:
+            raise BundleError(f"{graph} has quantized matrices and the manifest does not say how they are stored.")
+        places = stored_tensors_of(self._bundle, graph)
+        size = (shape[0], shape[1])
+        stored = QuantizedRows(self._bundle.directory, places, name, record, size, quantization.format)
+        finding = check_matrix(stored, rows)
+        complaints = record_complaints(record, finding)
+        if finding.bad_groups:
+            complaints.insert(0, f"{finding.bad_groups} of {finding.groups} groups are worse than plain rounding")
+        found = "; ".join(complaints) or f"int{record['bits']}, cosine {finding.cosine:.6f}"
+        detail = f"{name}: {found}"
+        return Row(graph, "quantized", not complaints, relative_error=finding.relative_error, detail=detail)
+
+    def _wrong_table(self, graph: str, name: str) -> list[str]:
+        """`name` if that [vocab, hidden] matrix is not the checkpoint's, bit for bit; holds neither of them whole."""
+        stored, rows = stored_tensors_of(self._bundle, graph), partial(self._reference.table_rows, name)
+        same = name in stored and holds(
+            self._bundle.directory, stored[name], self._table_shape(), lambda start, stop: rows(start, stop).numpy()
+        )
+        return [] if same else [name]
+
+    def _wrong_raw_rows(self, form: EmbeddingForm, name: str) -> list[str]:
+        """The raw file's name if it is not the checkpoint's embedding, rounded by torch, byte for byte."""
+        file, (vocab, hidden) = self._bundle.form.embedding_file or "", self._table_shape()
+        width = hidden * RAW_DTYPES[form.dtype].bytes
+        place = ExternalTensor(file, "uint8", (vocab, width), file, 0, vocab * width)
+        band = max(COMPARE_BYTES // width, 1)
+        for start in range(0, vocab, band):
+            stop = min(start + band, vocab)
+            expected = _as_stored(self._reference.table_rows(name, start, stop), form)
+            if not np.array_equal(read_band(self._bundle.directory, place, start, stop), expected):
+                return [file]
+        return []
+
+    def _table_shape(self) -> tuple[int, int]:
+        return (self._bundle.config.vocab_size, self._bundle.config.hidden_size)
+
+
+def _exact(graph: str, wrong: list[str], count: int) -> Row:
+    detail = f"differ from the checkpoint: {', '.join(wrong)}" if wrong else f"{count} tensors equal bit for bit"
+    return Row(graph, "weights", not wrong, detail=detail)
+
+
+def _rows_of_tensor(value: torch.Tensor) -> Rows:
+    return lambda start, stop: value[start:stop]
+
+
+def _as_stored(rows: torch.Tensor, form: EmbeddingForm) -> Array:
+    """Float32 rows as bytes uint8 [rows, width] of a raw file, by torch's own rounding."""
+    if form.dtype == "bfloat16" and form.rounding == TRUNCATE:
+        halves = rows.contiguous().view(torch.int16).reshape(len(rows), -1, 2)  # little-endian: the upper half is last
+        return np.ascontiguousarray(halves[..., 1].numpy()).view(np.uint8)
+    return rows.to(getattr(torch, form.dtype)).contiguous().view(torch.uint8).numpy()
