@@ -404,8 +404,8 @@ def test_a_manifest_beyond_the_limit_is_not_read(small_copy, monkeypatch):
 
 
 def test_another_schema(small_copy, manifest):
-    with pytest.raises(BundleError, match=r"has schema 2, expected 1; it was written by another version of glmexport"):
-        open_bundle(rewrite(small_copy, manifest | {"schema": 2}))
+    with pytest.raises(BundleError, match=r"has schema 1, expected 2; it was written by another version of glmexport"):
+        open_bundle(rewrite(small_copy, manifest | {"schema": 1}))
 
 
 @pytest.mark.parametrize(

@@ -135,7 +135,7 @@ def test_both_revisions_in_every_format(tmp_path, opener, fmt):
         assert checkpoint.config.special_ids == SpecialIds(1500, 1501, 1504, 1505, 3, 5)
         assert checkpoint.config.num_image_tokens == 0
     with opener(first) as checkpoint:
-        assert checkpoint.config.special_ids == SpecialIds(1700, 1701, 1704, 1705, 203)
+        assert checkpoint.config.special_ids == SpecialIds(1700, 1701, 1704, 1705, 203, 205)
         assert checkpoint.config.num_image_tokens == 200
         assert checkpoint.config.vocab_size == 2056
 

@@ -259,7 +259,7 @@ def test_bundles_that_are_none(glmexport, small_checkpoint, small_copy, golden_c
     assert_one_sentence(glmexport("verify", tmp_path, small_checkpoint), "is not a bundle")
     assert_one_sentence(glmexport("verify", small_copy, golden_checkpoint, "-q"), "was not made from")
     (small_copy / "manifest.json").write_text('{"schema": 99}')
-    assert_one_sentence(glmexport("inspect", small_copy), "has schema 99, expected 1")
+    assert_one_sentence(glmexport("inspect", small_copy), "has schema 99, expected 2")
 
 
 # Results
@@ -373,7 +373,7 @@ def test_inspect_a_checkpoint(glmexport, golden_checkpoint):
     document = json.loads(glmexport("inspect", golden_checkpoint, "--json", "-q").stdout)
     assert document["kind"] == "checkpoint"
     assert document["model"]["vocab_size"] == 1856
-    assert document["special_ids"] == {"mask": 1500, "gmask": 1501, "bos": 1504, "eos": 1505, "pad": 3}
+    assert document["special_ids"] == {"mask": 1500, "gmask": 1501, "bos": 1504, "eos": 1505, "pad": 3, "forced": 5}
     parts = {part["name"]: part for part in document["parts"]}
     assert list(parts) == ["embedding", "glm_block_0", "glm_block_1", "glm_block_2", "lm"]
     assert parts["embedding"] == {
@@ -432,7 +432,8 @@ def test_ctrl_c_ends_with_130_and_leaves_nothing(small_checkpoint, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "moment", ["glmexport.split.check_patch", "glmexport.split.skeleton_for", "glmexport.split.lint_graph"]
+    "moment",
+    ["glmexport.split.check_patch", "glmexport.checkpoint_draft.skeleton_for", "glmexport.draft_writer.lint_graph"],
 )
 def test_ctrl_c_at_any_stage(glmexport, small_checkpoint, tmp_path, monkeypatch, moment):
     def interrupted(*_args: object, **_options: object) -> None:

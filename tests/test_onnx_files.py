@@ -115,7 +115,8 @@ def test_onnx_reads_what_is_written(tmp_path):
     value = np.linspace(-1, 1, 3, dtype=np.float32)
     data, tensors = written({"padding": [np.zeros(5, np.float32)], "weight": [value]})
     (tmp_path / "x.data").write_bytes(data)
-    model = stamp(small_model(), "graph", {"slot": "weight"}, tensors, {"scalar": np.float32([2])})
+    model = stamp(small_model(), "graph", {"slot": "weight"}, {"scalar": np.float32([2])})
+    model.graph.initializer.extend(map(external_initializer, tensors))
     (tmp_path / "x.onnx").write_bytes(model.SerializeToString())
     loaded = {t.name: onnx.numpy_helper.to_array(t) for t in onnx.load(tmp_path / "x.onnx").graph.initializer}
     np.testing.assert_array_equal(loaded["weight"], value)
@@ -126,12 +127,11 @@ def test_onnx_reads_what_is_written(tmp_path):
 def test_stamp_leaves_the_skeleton_alone():
     skeleton = small_model()
     before = skeleton.SerializeToString()
-    tensor = ExternalTensor("w", "float32", (3,), "g.data", 4096, 12)
-    model = stamp(skeleton, "graph", {"slot": "w"}, [tensor], {})
+    model = stamp(skeleton, "graph", {"slot": "w"}, {"c": np.float32([1])})
     assert skeleton.SerializeToString() == before
     assert model.graph.name == "graph"
     assert list(model.graph.node[0].input) == ["x", "w"]
-    assert model.graph.initializer[0] == external_initializer(tensor)
+    assert [tensor.name for tensor in model.graph.initializer] == ["c"]
 
 
 @pytest.mark.parametrize(("key", "value"), [("offset", "-1"), ("offset", "x"), ("length", ""), ("length", "1e3")])

@@ -11,7 +11,7 @@ from glmexport.config import SpecialIds
 from glmexport.errors import GlmExportError
 from glmexport.prompt import prepare_prompt
 
-IDS = SpecialIds(mask=1500, gmask=1501, bos=1504, eos=1505, pad=3)
+IDS = SpecialIds(mask=1500, gmask=1501, bos=1504, eos=1505, pad=3, forced=5)
 TEXT = st.lists(st.integers(4, 1400), max_size=9)
 
 

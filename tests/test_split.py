@@ -32,6 +32,7 @@ from glmexport.errors import BundleError, CheckpointError, ExportError
 from glmexport.models.chatglm_6b import ChatGLMForConditionalGeneration, build_reference
 from glmexport.prompt import prepare_prompt
 from glmexport.split import LIBRARY_BYTES, SplitOptions, plan_split, split
+from glmexport.stored import stored_tensors_of
 from glmexport.trace import TRACED_LENGTHS
 from glmexport.weights import Weights
 
@@ -362,7 +363,8 @@ def test_progress_covers_every_weight(small_checkpoint, tmp_path, quick):
         )
     bundle = open_bundle(tmp_path / "bundle")
     for graph in bundle.graphs:
-        assert counted[graph["name"]] == 4 * graph["parameters"]
+        places = stored_tensors_of(bundle, graph["name"]).values()
+        assert counted[graph["name"]] == sum(place.length for place in places)
 
 
 # Refusals: before anything is written
@@ -459,7 +461,7 @@ def test_an_unequal_patch_exports_nothing(small_checkpoint, tmp_path, monkeypatc
 
 
 def test_a_graph_that_breaks_a_rule_exports_nothing(small_checkpoint, tmp_path, monkeypatch, quick):
-    monkeypatch.setattr("glmexport.split.lint_graph", lambda path, *_: [f"{path.name}: breaks a rule."])
+    monkeypatch.setattr("glmexport.draft_writer.lint_graph", lambda path, *_: [f"{path.name}: breaks a rule."])
     with pytest.raises(ExportError, match=r"A graph breaks the bundle's rules.* embedding\.onnx: breaks a rule\."):
         split_directory(small_checkpoint, tmp_path / "bundle", **quick)
     assert list(tmp_path.iterdir()) == []

@@ -25,7 +25,7 @@ from glmexport.errors import ExportError, GlmExportError
 from glmexport.graph_lint import lint_graph
 from glmexport.graphs import GraphPart, block_part, graph_parts, stored_transposed
 from glmexport.interface import DEFAULT_OPSET, OPSETS
-from glmexport.onnx_files import ExternalDataWriter, stamp
+from glmexport.onnx_files import ExternalDataWriter, external_initializer, stamp
 from glmexport.patches.chatglm_6b import CHATGLM_6B
 from glmexport.trace import TRACED_LENGTHS, Skeleton, trace
 
@@ -71,7 +71,8 @@ def filled(part: GraphPart, skeleton: Skeleton, directory: Path, module: nn.Modu
             shape = tuple(tensor.shape)
             value = generator.standard_normal(shape, np.float32) if tensor.is_meta else tensor.detach().numpy()
             data.add(name, "float32", shape, [value])
-    model = stamp(skeleton.model, part.name, renames, data.tensors, inline)
+    model = stamp(skeleton.model, part.name, renames, inline)
+    model.graph.initializer.extend(map(external_initializer, data.tensors))
     path = directory / names.graph_file(part.name)
     path.write_bytes(model.SerializeToString(deterministic=True))
     return path

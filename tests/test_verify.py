@@ -507,10 +507,11 @@ def test_nothing_found_is_no_pass():
 
 def test_a_nan_is_never_within_bounds():
     for tolerance in TOLERANCES.values():
-        assert tolerance.allows(tolerance.absolute, 1.0)
-        assert tolerance.allows(1.0, tolerance.relative)
-        assert not tolerance.allows(1.0, 1.0)
-        assert not tolerance.allows(math.nan, math.nan)
+        assert tolerance.allows(tolerance.absolute, 1.0, 1.0)
+        assert tolerance.allows(1.0, tolerance.relative, 1.0)
+        assert tolerance.allows(1.0, 1.0, tolerance.norm)
+        assert not tolerance.allows(1.0, 1.0, 1.0)
+        assert not tolerance.allows(math.nan, math.nan, math.nan)
         assert tolerance.reason
 
 
@@ -577,7 +578,7 @@ def edit_manifest(bundle: Path, change: Callable[[dict], None]) -> None:
         (lambda m: m["graphs"][1]["operators"].update(If=1), "operators of glm_block_0"),
         (lambda m: m["graphs"][1]["inputs"][0].update(dtype="float16"), "inputs of glm_block_0"),
         (lambda m: m["graphs"][2].update(transposed=[]), "transposed of glm_block_1"),
-        (lambda m: m.update(tokenizer=["ice_text.model"]), "lists ['ice_text.model']"),
+        (lambda m: m.update(tokenizer=["ice_text.model"]), "tokenizer is ['ice_text.model']"),
     ],
 )
 def test_a_manifest_that_says_what_is_not(check, small_copy, change, told):
@@ -601,7 +602,7 @@ def test_another_tokenizer(check, golden_bundle, golden_checkpoint, tmp_path):
     record_again(copy, "tokenizer_config.json")
     with open_checkpoint(golden_checkpoint) as source:
         failures = verify(open_bundle(copy), source, steps=1).failures
-    assert [row.detail for row in failures] == ["tokenizer_config.json differs from the checkpoint's."]
+    assert [row.detail for row in failures] == ["tokenizer_config.json is not what the checkpoint gives."]
 
 
 def test_a_bundle_of_other_tool_versions_is_not_held_to_a_fresh_trace(check, small_copy):
