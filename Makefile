@@ -34,18 +34,24 @@ unit: $(STAMP)  ## the fast tests
 slow: $(STAMP)  ## the tests that take longer
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m slow
 
-pipeline: $(STAMP)  ## inspect, split and verify CHECKPOINT=… into OUT=… (default: the example)
+pipeline: $(STAMP)  ## split and verify CHECKPOINT=… into OUT=… (default: the example), then the same in int4
 	$(BIN)/glmexport inspect $(CHECKPOINT)
 	$(BIN)/glmexport split $(CHECKPOINT) -o $(OUT) --force
 	$(BIN)/glmexport verify $(OUT) $(CHECKPOINT) --json $(OUT).json
+	$(BIN)/glmexport slim $(OUT) -o $(OUT)-slim --force
+	$(BIN)/glmexport embed $(OUT)-slim -o $(OUT)-bf16 --force
+	$(BIN)/glmexport quantize $(OUT)-bf16 -o $(OUT)-int4 --bits 4 --force
+	$(BIN)/glmexport verify $(OUT)-int4 $(CHECKPOINT) --json $(OUT)-int4.json
 
-demo: $(STAMP)  ## the main job on the example: split, then the verification report
+demo: $(STAMP)  ## the main job on the example: split, quantize to int4, then the verification reports
 	$(BIN)/glmexport split $(EXAMPLE) -o out/demo --force
-	$(BIN)/glmexport inspect out/demo
+	$(BIN)/glmexport split $(EXAMPLE) -o out/demo-int4 --slim --embedding bf16 --quantize int4 --force
+	$(BIN)/glmexport inspect out/demo-int4
+	$(BIN)/glmexport verify out/demo-int4 $(EXAMPLE)
 	$(BIN)/glmexport verify out/demo $(EXAMPLE)
 
-picture: $(STAMP)  ## draw docs/verify.svg, the picture in the README, from a real run
-	$(BIN)/python docs/picture.py docs/verify.svg
+picture: $(STAMP)  ## draw the pictures in the README, docs/verify.svg and docs/quantize.png, from real runs
+	$(BIN)/python docs/picture.py docs
 
 clean:     ## remove what was built, but for .venv
 	rm -rf out build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

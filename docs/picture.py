@@ -1,8 +1,8 @@
-"""Draw the README's picture: what `glmexport verify` prints for the example, as SVG.
+"""Draw the README's pictures of the example: what `glmexport verify` prints, as SVG, and quantize's plot, as PNG.
 
-    python docs/picture.py docs/verify.svg
+    python docs/picture.py docs
 
-The run is real; nothing is drawn that the command did not print.
+The runs are real; nothing is drawn that the commands did not print or plot.
 """
 
 from __future__ import annotations
@@ -28,12 +28,14 @@ def run(*arguments: str) -> list[str]:
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
 
 
-def main(target: Path) -> None:
-    """Run split and verify and write the picture."""
+def main(folder_of_pictures: Path) -> None:
+    """Run split, verify and quantize and write the pictures."""
     with tempfile.TemporaryDirectory() as folder:
         bundle = str(Path(folder) / "bundle")
         run("split", str(CHECKPOINT), "-o", bundle, "-q")
         lines = run("verify", bundle, str(CHECKPOINT), "-q")
+        plot = str(folder_of_pictures / "quantize.png")
+        run("quantize", bundle, "-o", f"{folder}/int4", "--bits", "4", "--plot", plot, "-q")
     console = Console(record=True, width=WIDTH, file=sys.stderr, force_terminal=True)
     console.print(Text("$ glmexport split chatglm-6b-tiny/ -o bundle/", style="dim"))
     console.print(Text("$ glmexport verify bundle/ chatglm-6b-tiny/", style="dim"))
@@ -46,7 +48,9 @@ def main(target: Path) -> None:
     svg = console.export_svg(title="glmexport")
     # the default style fetches a web font; the reader's own monospace font does as well
     svg = re.sub(r"@font-face \{.*?\}", "", svg, flags=re.DOTALL).replace("Fira Code", "ui-monospace, Menlo, Consolas")
-    target.write_text("\n".join(line.rstrip() for line in svg.splitlines()) + "\n", encoding="utf-8")
+    (folder_of_pictures / "verify.svg").write_text(
+        "\n".join(line.rstrip() for line in svg.splitlines()) + "\n", encoding="utf-8"
+    )
 
 
 if __name__ == "__main__":

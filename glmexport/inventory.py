@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from glmexport import names
-from glmexport.bundle import open_bundle
+from glmexport.bundle import Bundle, open_bundle
 from glmexport.config import ModelConfig
+from glmexport.form import GRAPH, RAW
 
 if TYPE_CHECKING:
     from glmexport.checkpoint import Checkpoint
@@ -27,15 +28,32 @@ def bundle_inventory(directory: Path) -> dict[str, Any]:
         }
         for graph in bundle.graphs
     ]
+    parts = [*_embedding_part(bundle), *parts]
     return {
         "kind": "bundle",
         "architecture": str(bundle.manifest["architecture"]),
+        "form": form_in_words(bundle),
         **_model(bundle.config),
         "opset": bundle.opset,
         "tied": bool(bundle.manifest["tied"]),
         "files": len(bundle.files),
         "parts": parts,
     }
+
+
+def form_in_words(bundle: Bundle) -> str:
+    """`float32`, or what the passes made: `slim 1856, bfloat16 embedding, int4 and int8 matmulnbits`."""
+    form, words = bundle.form, []
+    if form.slim is not None:
+        words.append(f"slim {bundle.config.vocab_size} of {form.slim.vocabulary.full_size} rows")
+    if form.embedding.kind == RAW:
+        words.append(f"{form.embedding.dtype} embedding")
+    elif form.embedding.kind != GRAPH:
+        words.append("shared embedding")
+    if form.quantization is not None:
+        bits = {record["bits"] for entry in bundle.graphs for record in entry["matrices"].values()}
+        words.append(f"{' and '.join(f'int{count}' for count in sorted(bits))} {form.quantization.format}")
+    return ", ".join(words) or "float32"
 
 
 def checkpoint_inventory(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -72,6 +90,18 @@ def checkpoint_inventory(checkpoint: Checkpoint) -> dict[str, Any]:
         "tokenizer": [path.name for path in checkpoint.tokenizer_files],
         "parts": parts,
     }
+
+
+def _embedding_part(bundle: Bundle) -> list[dict[str, Any]]:
+    """An embedding that is no graph, as a part."""
+    kind, name = bundle.form.embedding.kind, bundle.form.embedding_file
+    if kind == GRAPH:
+        return []
+    parameters = bundle.config.vocab_size * bundle.config.hidden_size
+    if name is None:
+        return [{"name": names.EMBEDDING, "parameters": 0, "bytes": 0, "dtypes": f"rows of {names.HEAD}"}]
+    dtype = bundle.form.embedding.dtype
+    return [{"name": names.EMBEDDING, "parameters": parameters, "bytes": bundle.files[name].bytes, "dtypes": dtype}]
 
 
 def _model(config: ModelConfig) -> dict[str, Any]:

@@ -16,10 +16,11 @@ from glmexport.checkpoint import Checkpoint
 from glmexport.errors import BundleError, CheckpointError, GlmExportError
 from glmexport.graph_lint import lint_graph
 from glmexport.interface import graph_spec
+from glmexport.inventory import form_in_words
 from glmexport.session import Session
 from glmexport.verify.cases import Case, make_cases
 from glmexport.verify.expected import check_same_model, expected_draft
-from glmexport.verify.forms import form_in_words, graph_forms
+from glmexport.verify.forms import graph_forms
 from glmexport.verify.measures import NextTokens, Worst, margin
 from glmexport.verify.reference import StreamedReference
 from glmexport.verify.report import Report, Row
@@ -80,8 +81,8 @@ def verify(
 
 def progress_total(bundle: Bundle, steps: int = DEFAULT_STEPS) -> int:
     """How often `verify` calls `advance`."""
-    graphs = len(bundle.graphs)
-    return len(bundle.files) + 2 * graphs + (steps + 1) * graphs + graphs
+    graphs, parts = len(bundle.graphs), bundle.config.num_blocks + 2  # an embedding may be a part and no graph
+    return len(bundle.files) + 2 * graphs + (steps + 2) * parts
 
 
 def _lint(bundle: Bundle, advance: Advance) -> Iterator[Row]:
@@ -211,7 +212,7 @@ class _Comparison:
                     worst.add(ours, theirs.numpy())
                 run.hidden[step], past = expected[0], expected[1].contiguous()
             self._add_row(graph, run.case.name, worst)
-        self._report.rows.extend(self._weights.graph(graph, weights))
+        self._report.rows.extend(self._weights.block(graph, weights))
         self._advance(f"compare {graph}")
 
     def _compare_head_and_chain(self) -> None:
@@ -234,8 +235,7 @@ class _Comparison:
                 chain.add(expected, run.tokens[step], run.logits[step] if run.logits else None)
             self._add_row(names.HEAD, run.case.name, head)
             chains.append(chain)
-        self._report.rows.extend(self._weights.graph(names.HEAD, weights))
-        self._report.rows.extend(self._weights.head_matrix())
+        self._report.rows.extend(self._weights.head(weights))
         self._add_chains(chains)
         self._advance(f"compare {names.HEAD}")
 

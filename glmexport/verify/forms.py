@@ -19,18 +19,3 @@ def graph_forms(bundle: Bundle) -> dict[str, str]:
     elif embedding.kind != GRAPH:
         forms[names.EMBEDDING] = forms[names.HEAD]
     return forms
-
-
-def form_in_words(bundle: Bundle) -> str:
-    """`float32`, or what the passes made: `slim 1856, bfloat16 embedding, int4 and int8 matmulnbits`."""
-    form, words = bundle.form, []
-    if form.slim is not None:
-        words.append(f"slim {bundle.config.vocab_size} of {form.slim.vocabulary.full_size} rows")
-    if form.embedding.kind == RAW:
-        words.append(f"{form.embedding.dtype} embedding")
-    elif form.embedding.kind != GRAPH:
-        words.append("shared embedding")
-    if form.quantization is not None:
-        bits = {record["bits"] for entry in bundle.graphs for record in entry["matrices"].values()}
-        words.append(f"{' and '.join(f'int{count}' for count in sorted(bits))} {form.quantization.format}")
-    return ", ".join(words) or "float32"

@@ -40,28 +40,36 @@ class StoredWeights:
         elif form.kind == RAW:
             yield _exact(names.EMBEDDING, self._wrong_raw_rows(form, name), 1)
 
-    def graph(self, graph: str, weights: Mapping[str, torch.Tensor]) -> Iterator[Row]:
-        """The weights of a block, or of the final norm of the head, which are all in memory."""
+    def block(self, graph: str, weights: Mapping[str, torch.Tensor]) -> Iterator[Row]:
+        """The weights of a block, which are all in memory."""
+        wrong, exact, rows = self._compare(graph, weights)
+        yield from rows
+        yield _exact(graph, wrong, exact)
+
+    def head(self, norm_weights: Mapping[str, torch.Tensor]) -> Iterator[Row]:
+        """The final norm, which is in memory, and the LM head [vocab, hidden], streamed."""
+        name = self._checkpoint.head_name
+        wrong, exact, _ = self._compare(names.HEAD, norm_weights)
+        if name in self._bundle.graph(names.HEAD)["matrices"]:
+            yield self._matrix(names.HEAD, name, self._table_shape(), partial(self._reference.table_rows, name))
+        else:
+            wrong, exact = [*wrong, *self._wrong_table(names.HEAD, name)], exact + 1
+        yield _exact(names.HEAD, wrong, exact)
+
+    def _compare(self, graph: str, weights: Mapping[str, torch.Tensor]) -> tuple[list[str], int, list[Row]]:
+        """(wrong ones of those stored as they are, how many these are, rows about the quantized ones)."""
         entry = self._bundle.graph(graph)
         transposed, stored = set(entry["transposed"]), stored_tensors_of(self._bundle, graph)
-        wrong, exact = [], 0
+        wrong, exact, rows = [], 0, []
         for name, value in weights.items():
             if name in entry["matrices"]:
-                yield self._matrix(graph, name, value.shape, _rows_of_tensor(value))
+                rows.append(self._matrix(graph, name, value.shape, _rows_of_tensor(value)))
                 continue
             exact += 1
             expected = (value.t() if name in transposed else value).numpy()
             if name not in stored or not holds(self._bundle.directory, stored[name], expected.shape, rows_of(expected)):
                 wrong.append(name)
-        yield _exact(graph, wrong, exact)
-
-    def head_matrix(self) -> Iterator[Row]:
-        """The LM head [vocab, hidden], streamed."""
-        name = self._checkpoint.head_name
-        if name in self._bundle.graph(names.HEAD)["matrices"]:
-            yield self._matrix(names.HEAD, name, self._table_shape(), partial(self._reference.table_rows, name))
-        else:
-            yield _exact(names.HEAD, self._wrong_table(names.HEAD, name), 1)
+        return wrong, exact, rows
 
     def _matrix(self, graph: str, name: str, shape: tuple[int, ...], rows: Rows) -> Row:
         quantization = self._bundle.form.quantization
