@@ -362,9 +362,7 @@ def chain(
     pasts = [np.zeros((2, 0, 2, heads, model["hidden_size"] // heads), np.float32) for _ in blocks]
     logits = []
     for step, input_ids in enumerate(given):
-        mask, positions = (
-            (prompt.attention_mask, prompt.position_ids) if step == 0 else prompt.decode_step(step - 1)
-        )
+        mask, positions = (prompt.attention_mask, prompt.position_ids) if step == 0 else prompt.decode_step(step - 1)
         hidden = embedded(bundle, input_ids, rows)
         for i, block in enumerate(blocks):
             feeds = {"attention_mask": mask, "position_ids": positions, "past_key_values": pasts[i]}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import itertools
 import json
@@ -47,14 +48,19 @@ from derived_bundles import (
 from glmexport.affine import Affine
 from glmexport.bundle import open_bundle
 from glmexport.derive import derive
+from glmexport.draft import draft_of_bundle
 from glmexport.errors import BundleError, GlmExportError, RecipeError
+from glmexport.form import SHARED, EmbeddingForm
 from glmexport.passes.choose_bits import choose_recipe
+from glmexport.passes.quantize_weights import matrices_of
+from glmexport.passes.raw_embedding import EmbedPass
 from glmexport.quantize_report import quantize_report
 from glmexport.recipe import FORMATS, parse_recipe
+from glmexport.session import Session
 
 GRAPHS = ("glm_block_0", "glm_block_1", "lm")
 MATRICES = ("attention.query_key_value", "attention.dense", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h")
-GROUPS = (32, 64, 128, "channel")
+GROUPS = (32, pytest.param(64, marks=pytest.mark.slow), pytest.param(128, marks=pytest.mark.slow), "channel")
 SAME_NUMBERS = 1e-5  # float32 sums in another order, measured up to 1e-6
 ROUNDED_TO_16 = 1e-4  # activations to 127 steps of 127 steps: some 3e-5
 ROUNDED_TO_8 = 0.02  # activations to 127 steps: some 0.6 % a product, four of them in a block
@@ -89,6 +95,11 @@ def outputs(run, bundle: Path, graph: str) -> np.ndarray:
     return run.run(None, inputs_of(bundle, graph))[0]
 
 
+def cosine(one: np.ndarray, other: np.ndarray) -> float:
+    one, other = one.astype(np.float64), other.astype(np.float64)
+    return float((one * other).sum() / np.linalg.norm(one) / np.linalg.norm(other))
+
+
 # The bytes
 
 
@@ -108,9 +119,7 @@ def test_graphs_compute_with_the_stored_numbers(bundle, weights, tmp_path, layou
             error = distance(found, weights[name])
             assert error < (0.012 if bits == 8 else 0.2), "measured up to 0.0081 and 0.135"
             assert record["relative_error"] == pytest.approx(error, rel=1e-4)
-            assert record["cosine"] == pytest.approx(
-                float((found * weights[name]).sum() / np.linalg.norm(found) / np.linalg.norm(weights[name])), abs=1e-6
-            )
+            assert record["cosine"] == pytest.approx(cosine(found, weights[name]), abs=1e-6)
             assert (record["bits"], record["group_size"], record["symmetric"]) == (bits, group_size, symmetric)
         expected = outputs(float_twin(bundle, target, graph), bundle, graph)
         assert distance(outputs(exact_session(target, graph), bundle, graph), expected) < SAME_NUMBERS
@@ -133,20 +142,29 @@ def test_one_wrong_code_is_not_within_those_bounds(bundle, int4, tmp_path):
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("layout", FORMATS)
 def test_activations(bundle, tmp_path, layout, bits):
-    """int16 is as good as float32, which int8 is not; the last group of each width is a partial one."""
+    """int16 is as good as float32, which int8 is not; the last group of each width is a partial one.
+
+    Compared are the new keys and values of a block, which come straight from a product, and what the block adds up.
+    """
     found = {}
     for activations in ("int8", "int16", "float32")[: 3 if layout == "matmulnbits" else 2]:
         target = tmp_path / activations
         derived(bundle, target, quantize_pass(bits, 64, layout, activations=activations))
         assert manifest_of(target)["quantization"][f"int{bits}_activations"] == activations
         for graph in ("glm_block_0", "lm"):
-            run = session(target / f"{graph}.onnx")
-            twin = float_twin(bundle, target, graph)
-            found[activations, graph] = distance(outputs(run, bundle, graph), outputs(twin, bundle, graph))
-    for graph in ("glm_block_0", "lm"):
-        assert found["int16", graph] < ROUNDED_TO_16
-        assert ROUNDED_TO_16 * 5 < found["int8", graph] < ROUNDED_TO_8, "else the bound above says nothing"
-        assert found.get(("float32", graph), 0) < SAME_NUMBERS
+            feeds, twin = inputs_of(bundle, graph), float_twin(bundle, target, graph)
+            pairs = zip(session(target / f"{graph}.onnx").run(None, feeds), twin.run(None, feeds), strict=True)
+            for number, (ours, theirs) in enumerate(pairs):
+                fresh = (
+                    slice(3, None) if number == 1 else slice(None)
+                )  # three cached positions come through as they are
+                ours, theirs = (value.swapaxes(0, number)[fresh] for value in (ours, theirs))
+                found[activations, graph, number] = distance(ours, theirs)
+    places = [("glm_block_0", 0), ("glm_block_0", 1), ("lm", 0)]
+    for place in places:
+        assert found["int16", *place] < min(ROUNDED_TO_16, found["int8", *place] / 50), place
+        assert found.get(("float32", *place), 0) < SAME_NUMBERS
+    assert all(0.002 < found["int8", *place] < ROUNDED_TO_8 for place in places[1:]), "else the bounds say nothing"
 
 
 def test_a_token_alone_and_one_of_zeros(bundle, tmp_path):
@@ -217,7 +235,7 @@ def test_a_head_in_float32(bundle, tmp_path):
     assert inode(tmp_path / "matmulnbits", "lm.onnx") == inode(bundle, "lm.onnx")
 
 
-@pytest.mark.parametrize("opset", [14, 18])
+@pytest.mark.parametrize("opset", [14, pytest.param(18, marks=pytest.mark.slow)])
 def test_qdq_lifts_the_graphs(checkpoint, shared, bundle, tmp_path, opset):
     source = shared(f"odd-bundle-{opset}", lambda path: split_directory(checkpoint, path, opset=opset))
     notices = derived(source, tmp_path / "qdq", quantize_pass(4, layout="qdq", head=None))
@@ -237,6 +255,21 @@ def test_qdq_lifts_the_graphs(checkpoint, shared, bundle, tmp_path, opset):
 
 def derived_from_17(shared, bundle: Path) -> Path:
     return shared("odd-qdq-4", lambda path: derived(bundle, path, quantize_pass(4, layout="qdq", head=None)))
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("group_size", [32, "channel"])
+@pytest.mark.parametrize("head", [4, 8])
+def test_rows_of_a_qdq_head_as_embedding(bundle, weights, tmp_path, head, group_size, symmetric):
+    """An odd number of rows, so that every other input's begin in the upper half of a byte."""
+    step = quantize_pass(4, group_size, "qdq", head=head, symmetric=symmetric)
+    derived(bundle, tmp_path / "shared", step, EmbedPass(EmbeddingForm(SHARED)))
+    expected = decoded(tmp_path / "shared", "lm", "lm_head.weight")
+    assert distance(expected, weights["lm_head.weight"]) < (0.2 if head == 4 else 0.012)
+    ids = np.array([[0, 1, 39, 40, 1895, 1896], [7, 7, 300, 5, 1896, 0]])
+    with Session(open_bundle(tmp_path / "shared")) as running:
+        np.testing.assert_array_equal(running.embed(ids), expected[ids].transpose(1, 0, 2))
+        np.testing.assert_array_equal(running.embed(np.arange(1897)[None])[:, 0], expected)
 
 
 def test_a_bundle_of_a_high_opset_stays_at_it(checkpoint, shared, tmp_path):
@@ -307,7 +340,7 @@ def test_recorded_bytes_are_those_in_the_file(bundle, tmp_path, layout, bits, sy
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@pytest.mark.parametrize("layout", FORMATS)
+@pytest.mark.parametrize("layout", ["matmulnbits", pytest.param("qdq", marks=pytest.mark.slow)])
 def test_weights_that_are_no_numbers(plain, shared, tmp_path, layout, value):
     name = "transformer.layers.1.mlp.dense_h_to_4h.weight"
     source = shutil.copytree(plain_checkpoint(shared), tmp_path / "source" / "checkpoint")
@@ -317,7 +350,9 @@ def test_weights_that_are_no_numbers(plain, shared, tmp_path, layout, value):
     split_directory(source, tmp_path / "source" / "bundle", opset=OPSET)
     words = [f"{name} cannot be quantized", "1 of its 12000 weights are NaN or infinite"]
     with untouched(tmp_path / "source"):
-        result = glmexport("quantize", tmp_path / "source" / "bundle", "-o", tmp_path / "q", "--bits", 4, "--format", layout)
+        result = glmexport(
+            "quantize", tmp_path / "source" / "bundle", "-o", tmp_path / "q", "--bits", 4, "--format", layout
+        )
         assert_one_sentence(result, *words)
         options = ["--quantize", "int8", "--opset", OPSET, "--format", layout]
         assert_one_sentence(glmexport("split", source, "-o", tmp_path / "q", *options), *words)
@@ -358,7 +393,10 @@ def test_a_recipe_says_how_each_matrix_is_stored(bundle, tmp_path):
     assert result.status == 0, result
     found = {
         name.removeprefix("transformer.layers."): (
-            record["bits"], record["group_size"], record["symmetric"], record["method"]
+            record["bits"],
+            record["group_size"],
+            record["symmetric"],
+            record["method"],
         )
         for graph in GRAPHS
         for name, record in quantized_matrices(tmp_path / "mixed", graph).items()
@@ -407,56 +445,69 @@ def total(bundle: Path) -> int:
     return sum(path.stat().st_size for path in bundle.iterdir())
 
 
-@pytest.fixture(scope="session")
-def all_bits(shared, bundle) -> tuple[Path, Path]:
-    """int4 and int8 everywhere, the head too."""
-    return tuple(
-        shared(f"odd-all-{bits}", lambda path, bits=bits: derived(bundle, path, quantize_pass(bits, head=bits)))
-        for bits in (4, 8)
-    )
+def planned(bundle: Path, bits: int, layout: str = "matmulnbits", num_blocks: int = 2) -> int:
+    """What quantizing everything to so many bits is taken to give."""
+    step = quantize_pass(bits, layout=layout, head=bits, num_blocks=num_blocks)
+    return sum(step.apply(draft_of_bundle(open_bundle(bundle)), lambda _: None).sizes().values())
 
 
 def bits_of(bundle: Path) -> dict[str, int]:
-    return {name: record["bits"] for graph in GRAPHS for name, record in quantized_matrices(bundle, graph).items()}
+    return {
+        name: record["bits"] for entry in manifest_of(bundle)["graphs"] for name, record in entry["matrices"].items()
+    }
 
 
-@pytest.mark.parametrize("layout", FORMATS)
-@pytest.mark.parametrize("share", [0.3, 0.55, 0.8, 1.2])
-def test_auto_fits_under_the_size_and_makes_the_same_again(bundle, all_bits, tmp_path, layout, share):
-    smallest, largest = (total(path) + 60_000 for path in all_bits)  # graphs of the size that estimates take them for
+@pytest.mark.parametrize(
+    ("layout", "share"),
+    [("matmulnbits", 0.01), ("matmulnbits", 0.3), ("matmulnbits", 0.85), ("matmulnbits", 1.01), ("qdq", 0.85)],
+)
+def test_auto_fits_under_the_size_and_makes_the_same_again(bundle, tmp_path, layout, share):
+    smallest, largest = (planned(bundle, bits, layout) for bits in (4, 8))
     target = int(smallest + share * (largest - smallest))
     auto = ["--auto", "--target-size", target, "--format", layout]
     result = glmexport("quantize", bundle, "-o", tmp_path / "auto", "-q", *auto)
     assert result.status == 0, result
     assert total(tmp_path / "auto") <= target
     bits = bits_of(tmp_path / "auto")
-    assert set(bits.values()) == ({8} if share > 1 else {4, 8})
-    assert bits["lm_head.weight"] == 8 or share < 0.5, "the first to get 8 bits, if that fits"
+    assert set(bits.values()) >= ({8} if share > 1 else {4, 8} if share > 0.1 else {4})
+    assert share < 1 or 4 not in bits.values()
+    assert bits["lm_head.weight"] == (8 if share > 0.5 else 4), "the first to get 8 bits, if that fits"
     recipe = tmp_path / "auto" / "recipe.toml"
     again = ["--recipe", recipe, "--format", layout]
     assert glmexport("quantize", bundle, "-o", tmp_path / "again", "-q", *again).status == 0
     assert contents(tmp_path / "auto") == contents(tmp_path / "again")
 
 
-def test_auto_gives_bits_to_the_matrices_that_gain_most(bundle, all_bits):
-    """Of two kinds of matrices one gets outliers, which only 8 bits keep."""
-    draft = draft_with_outliers(bundle, "transformer.layers.1.attention.dense.weight")
-    smallest, largest = map(total, all_bits)
+@pytest.mark.parametrize("opset", [14, pytest.param(17, marks=pytest.mark.slow)])
+def test_auto_keeps_its_promise_with_many_blocks(tmp_path, opset):
+    """Graph files of lower opsets are larger, and so are those of 8-bit matrices."""
+    sizes = {"hidden_size": 8, "inner": 16, "num_blocks": 12, "heads": 1}
+    source = write_checkpoint(tmp_path / "checkpoint", tokenizer=False, **sizes)
+    split_directory(source, tmp_path / "bundle", opset=opset)
+    target = planned(tmp_path / "bundle", 8, num_blocks=12) + 2000  # the recipe of one that chose has some more rules
+    result = glmexport("quantize", tmp_path / "bundle", "-o", tmp_path / "q", "-q", "--auto", "--target-size", target)
+    assert result.status == 0, result
+    assert set(bits_of(tmp_path / "q").values()) >= {8}
+    assert total(tmp_path / "q") <= target
+
+
+def test_auto_gives_bits_to_the_matrices_that_gain_most(bundle):
+    """One matrix has outliers in every group, which 4 bits do not resolve; there is room for one of its size."""
+    name = "transformer.layers.1.attention.query_key_value.weight"
+    draft, smallest = draft_with_outliers(bundle, name), planned(bundle, 4)
+    int4, int8 = Affine(4, 32), Affine(8, 32)
+    room = int8.sizes(120, 40).total - int4.sizes(120, 40).total + 4096 + 300  # a page of the file, one more rule
     told = []
-    recipe = choose_recipe(
-        draft, smallest + 65_000 + 900, Affine(4, 32), Affine(8, 32), quantize_pass().form, lambda *said: told.append(said)
-    )
-    chosen = {name: recipe.affine(name, block).bits for name, block in names_of(draft)}
-    assert [name for name, bits in chosen.items() if bits == 8] == ["transformer.layers.1.attention.dense.weight"]
-    assert sum(count for _, count in told) == sum(4 * rows * columns for rows, columns in shapes_of(draft))
-    assert largest > smallest
+    recipe = choose_recipe(draft, smallest + room, int4, int8, quantize_pass().form, lambda *said: told.append(said))
+    matrices = list(matrices_of(draft))
+    bits = {matrix.name: recipe.affine(matrix.name, block_id).bits for block_id, matrix in matrices}
+    assert bits.pop(name) == 8
+    assert set(bits.values()) <= {4, 8}
+    assert 8 not in [found for other, found in bits.items() if "query_key_value" in other or "mlp" in other]
+    assert told == [(f"measure {one.name}", 4 * one.shape[0] * one.shape[1]) for _, one in matrices]
 
 
 def draft_with_outliers(bundle: Path, name: str):
-    import dataclasses
-
-    from glmexport.draft import draft_of_bundle
-
     class Heavy:
         def __init__(self, tensor) -> None:
             self.name, self.shape, self.dtype = tensor.name, tensor.shape, tensor.dtype
@@ -465,7 +516,7 @@ def draft_with_outliers(bundle: Path, name: str):
         def bands(self):
             for band in self._tensor.bands():
                 heavy = np.array(band)
-                heavy[:, ::16] *= 50
+                heavy[:, ::32] *= 8
                 yield heavy
 
         slices = bands
@@ -474,18 +525,6 @@ def draft_with_outliers(bundle: Path, name: str):
     graph = draft.graph("glm_block_1")
     tensors = tuple(Heavy(tensor) if tensor.name == name else tensor for tensor in graph.tensors)
     return draft.with_graph(dataclasses.replace(graph, tensors=tensors))
-
-
-def names_of(draft) -> list[tuple[str, int | None]]:
-    from glmexport.passes.quantize_weights import matrices_of
-
-    return [(matrix.name, block_id) for block_id, matrix in matrices_of(draft)]
-
-
-def shapes_of(draft) -> list[tuple[int, int]]:
-    from glmexport.passes.quantize_weights import matrices_of
-
-    return [matrix.shape for _, matrix in matrices_of(draft)]
 
 
 def test_too_small_a_target(bundle, tmp_path):

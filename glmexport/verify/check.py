@@ -32,8 +32,9 @@ from glmexport.vocabulary import VocabularyMap
 DEFAULT_STEPS = 4
 """Decode steps after each prompt; few, because a model that does not stay in memory is read once a step."""
 
-RESIDENT_BYTES = 1 << 30
-"""Weights that onnxruntime may hold at once: small models stay open, of a large one only the graph that runs."""
+RESIDENT_BYTES = 1 << 28
+"""Weights that onnxruntime may hold at once: small models stay open, of a large one only the graph that runs (graphs
+are used in turn, so that holding some of them would not save opening one)."""
 
 Advance = Callable[[str], None]
 Array = npt.NDArray[Any]

@@ -18,7 +18,7 @@ import torch
 from glmexport.affine import Affine
 from glmexport.quantized_rows import QuantizedRows
 
-BAND_BYTES = 32 << 20
+BAND_BYTES = 1 << 18
 SLACK = 1.001
 """Float32 sums of a group taken in another order."""
 
@@ -46,10 +46,10 @@ def check_matrix(stored: QuantizedRows, rows: Callable[[int, int], torch.Tensor]
         weights = rows(start, stop)
         found = torch.from_numpy(stored.rows(np.arange(start, stop)))
         error = weights - found
-        squared_error += float(error.double().square().sum())
-        squared_weights += float(weights.double().square().sum())
-        squared_stored += float(found.double().square().sum())
-        dot += float((weights.double() * found.double()).sum())
+        squared_error += _dot(error, error)
+        squared_weights += _dot(weights, weights)
+        squared_stored += _dot(found, found)
+        dot += _dot(weights, found)
         ours, plain = _per_group(stored.affine, weights, error), _plain_rounding(stored.affine, weights)
         bad += int((~(ours <= plain * SLACK)).sum())  # so that NaN is bad
         groups += ours.numel()
@@ -67,6 +67,11 @@ def record_complaints(record: dict[str, Any], finding: Finding) -> list[str]:
         for key, value in found.items()
         if record.get(key) is not None and not _close(record[key], value)
     ]
+
+
+def _dot(one: torch.Tensor, other: torch.Tensor) -> float:
+    """Sum of products: of a row in float32, of rows in float64."""
+    return float((one * other).sum(-1).double().sum())
 
 
 def _close(stated: Any, found: float) -> bool:
