@@ -153,20 +153,20 @@ class Affine:
 
 @dataclass(frozen=True)
 class Fit:
-    """Sums over weights w and what they became, v; the sum of two is that of both their matrices."""
+    """Sums over weights w and what they became, v."""
 
     squared_error: float = 0.0
     squared_weights: float = 0.0
     dot: float = 0.0
     squared_quantized: float = 0.0
 
-    def __add__(self, other: Fit) -> Fit:
-        return Fit(
-            self.squared_error + other.squared_error,
-            self.squared_weights + other.squared_weights,
-            self.dot + other.dot,
-            self.squared_quantized + other.squared_quantized,
-        )
+    @classmethod
+    def of_rows(cls, sums: Doubles) -> Fit:
+        """The fit of rows whose sums are float64 [rows, 4] in the order of the fields.
+
+        `fsum` is exact, so that the order of rows, and bands that they came in, are no part of the result.
+        """
+        return cls(*(math.fsum(column) for column in sums.T))
 
     @property
     def relative_error(self) -> float:
@@ -184,13 +184,18 @@ class Quantized(NamedTuple):
     """Rows in the MatMulNBits layout.
 
     `codes` uint8 [out, groups, block bytes], `scales` float32 [out, groups], `zero_points` packed uint8
-    [out, ceil(groups * bits / 8)] or None where symmetric.
+    [out, ceil(groups * bits / 8)] or None where symmetric. `sums` float64 [out, 4]: those of `Fit`, row by row.
     """
 
     codes: Bytes
     scales: Floats
     zero_points: Bytes | None
-    fit: Fit
+    sums: Doubles
+
+    @property
+    def fit(self) -> Fit:
+        """What quantizing did to these rows."""
+        return Fit.of_rows(self.sums)
 
 
 def pack(values: Bytes, bits: int) -> Bytes:

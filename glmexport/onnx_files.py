@@ -165,19 +165,21 @@ def read_band(directory: Path, tensor: ExternalTensor, start: int, stop: int) ->
     """Rows `start` to `stop` (exclusive, along the first axis) of an external tensor, in memory of their own.
 
     Read by offset, not mapped: touched pages of a mapped file count as memory of the process. Raises BundleError where
-    the file is shorter than the tensor says.
+    the file cannot be read or is shorter than the tensor says.
     """
     dtype = np.dtype(tensor.dtype)
     row = int(np.prod(tensor.shape[1:], dtype=np.int64)) * dtype.itemsize
     band = np.empty((stop - start, *tensor.shape[1:]), dtype)
     view, got = band.data.cast("B") if band.nbytes else memoryview(b""), 0
-    with (directory / tensor.location).open("rb", buffering=0) as file:
-        file.seek(tensor.offset + start * row)
-        while got < band.nbytes:
-            count = file.readinto(view[got:])
-            if not count:
-                raise BundleError(f"{tensor.location} ends inside {tensor.name}; copy or split the bundle again.")
-            got += count
+    try:
+        with (directory / tensor.location).open("rb", buffering=0) as file:
+            file.seek(tensor.offset + start * row)
+            while got < band.nbytes and (count := file.readinto(view[got:])):
+                got += count
+    except OSError as error:
+        raise BundleError(f"{tensor.location} could not be read ({error.strerror}); copy the bundle again.") from error
+    if got < band.nbytes:
+        raise BundleError(f"{tensor.location} ends inside {tensor.name}; copy or split the bundle again.")
     return band
 
 

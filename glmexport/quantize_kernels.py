@@ -21,7 +21,6 @@ largest magnitude is below 2**-100: its scale or what is computed from it would 
 from __future__ import annotations
 
 import functools
-import math
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -30,7 +29,7 @@ from typing import TypeAlias
 import numba
 import numpy as np
 
-from glmexport.affine import METHODS, Affine, Bytes, Doubles, Fit, Floats, Quantized, pack
+from glmexport.affine import METHODS, Affine, Bytes, Doubles, Floats, Quantized, pack
 from glmexport.errors import GlmExportError
 
 LANES = 32  # a power of two; 128 bytes of a tile's row, so a group of 128 stays in the first cache
@@ -85,10 +84,8 @@ def quantize(matrix: Floats, spec: Affine, threads: int | None = None) -> Quanti
         raise GlmExportError(f"{wrong} of its {rows * width} weights are NaN or infinite, which no scale can hold.")
     if shared > 1:
         scales, points = np.repeat(scales, shared, axis=1), np.repeat(points, shared, axis=1)
-    # fsum is exact, so that the order of adding rows is no part of the result
-    fit = Fit(*(math.fsum(column) for column in sums.T))
     blocks = codes.reshape(rows, groups, block * spec.bits // 8)
-    return Quantized(blocks, scales, None if spec.symmetric else pack(points, spec.bits), fit)
+    return Quantized(blocks, scales, None if spec.symmetric else pack(points, spec.bits), sums)
 
 
 def _flat(matrix: Floats) -> tuple[Floats, _Pair]:

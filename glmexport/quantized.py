@@ -61,9 +61,9 @@ class QuantizedMatrix:
         scales: list[Array] = []
         points: list[Array] = []
         whole: list[Array] = []
-        fit = Fit()
+        sums: list[Array] = []
         for rows in self._quantized():
-            fit += rows.fit
+            sums.append(rows.sums)
             scales.append(rows.scales)
             if rows.zero_points is not None:
                 points.append(rows.zero_points)
@@ -71,7 +71,7 @@ class QuantizedMatrix:
                 yield rows.codes
             else:
                 whole.append(rows.codes)
-        self._fit = fit
+        self._fit = Fit.of_rows(np.concatenate(sums))
         all_points = np.concatenate(points) if points else None
         if self.layout == "matmulnbits":
             self._keep(np.concatenate(scales), all_points)
@@ -84,10 +84,7 @@ class QuantizedMatrix:
 
     def measure(self) -> Fit:
         """Quantize without keeping anything, for what it does to the weights."""
-        fit = Fit()
-        for rows in self._quantized():
-            fit += rows.fit
-        return fit
+        return Fit.of_rows(np.concatenate([rows.sums for rows in self._quantized()]))
 
     def record(self) -> dict[str, Any]:
         """What the manifest says of the matrix, once it was written."""

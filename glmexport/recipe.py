@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import json
 import re
 import tomllib
 from collections.abc import Iterable, Mapping
@@ -137,6 +138,8 @@ def _blocks(value: object, origin: str) -> frozenset[int]:
         if last < first:
             raise RecipeError(f"{origin}: `blocks` has a range that ends before it starts, {part!r:.80}.")
         ids.update(range(first, last + 1))
+    if not ids:
+        raise RecipeError(f"{origin}: `blocks` names no block; leave it out for every matrix.")
     return frozenset(ids)
 
 
@@ -151,8 +154,10 @@ def _ranges(ids: frozenset[int]) -> str:
 
 
 def _rule_as_toml(rule: Rule) -> str:
-    pattern = rule.pattern.replace("\\", "\\\\").replace('"', '\\"')
-    lines = ["[[rule]]", f'pattern = "{pattern}"']
+    pattern = json.dumps(rule.pattern, ensure_ascii=False).replace(
+        "\x7f", "\\u007f"
+    )  # TOML strings are JSON's but for it
+    lines = ["[[rule]]", f"pattern = {pattern}"]
     if rule.blocks is not None:
         lines.append(f'blocks = "{_ranges(rule.blocks)}"')
     if rule.affine is None:

@@ -57,7 +57,7 @@ class Session:
                 f"Ids from {input_ids.min()} to {input_ids.max()} were given, expected 0 to {vocab_size - 1}."
             )
         rows = self._rows(input_ids.T.reshape(-1))
-        return rows.reshape(*input_ids.T.shape, -1)
+        return rows.reshape(*input_ids.T.shape, self._bundle.config.hidden_size)
 
     def block(
         self, block_id: int, hidden: Array, attention_mask: Array, position_ids: Array, past: Array

@@ -17,9 +17,9 @@ from onnx import TensorProto, helper
 from onnx.reference import ReferenceEvaluator
 
 from glmexport import affine, quantize_kernels
-from glmexport.affine import BITS, GROUP_SIZES, METHODS, Affine, dequantize, dequantize_qdq, to_qdq
+from glmexport.affine import BITS, GROUP_SIZES, METHODS, Affine, Fit, Quantized, dequantize, dequantize_qdq, to_qdq
 from glmexport.errors import GlmExportError
-from glmexport.quantize_kernels import Fit, Quantized, quantize
+from glmexport.quantize_kernels import quantize
 
 SPECS = [Affine(bits, size, even, "mse") for bits in BITS for size in GROUP_SIZES for even in (True, False)]
 EXACT = 2e-6  # relative to the product's norm: float32 sums in another order, over 300 inputs (measured: up to 4e-7)
@@ -160,7 +160,7 @@ def test_special_groups(spec, method):
 def test_fit_of_parts_is_the_fit_of_the_whole():
     matrix = weights(96, 64)
     spec = Affine(4, 32)
-    parts = sum((quantize(rows, spec).fit for rows in np.split(matrix, 3)), Fit())
+    parts = Fit.of_rows(np.concatenate([quantize(rows, spec).sums for rows in np.split(matrix, 3)]))
     whole = quantize(matrix, spec).fit
     np.testing.assert_allclose([*vars(parts).values()], [*vars(whole).values()], rtol=1e-14)
     read = dequantize(*quantize(matrix, spec)[:3], 4, 64)

@@ -181,7 +181,6 @@ def test_what_is_written_is_read_back(rules):
         '[[rule]]\npattern = "a\\nb"\nbits = 4',
         '[[rule]]\npattern = "a\\u0001b"\nbits = 4',
         '[[rule]]\npattern = "a\\u007fb"\nbits = 4',
-        "[[rule]]\nblocks = []\nbits = 4\n[[rule]]\nbits = 8",
     ],
 )
 def test_what_was_read_is_written_so_that_it_can_be_read_again(text):
@@ -226,3 +225,8 @@ def test_sizes(text, count):
 def test_sizes_that_are_none(text):
     with pytest.raises(RecipeError, match=r"expected a number with MB, GB, MiB or GiB"):
         parse_size(text)
+
+
+def test_a_rule_for_no_block_is_refused():
+    with pytest.raises(RecipeError, match=r"here, rule 1: `blocks` names no block; leave it out"):
+        parse_recipe("[[rule]]\nblocks = []\nbits = 4", "here")

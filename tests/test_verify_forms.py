@@ -613,13 +613,6 @@ def test_no_recipe(check, form):
     assert "has no recipe.toml" in told(check(copy))
 
 
-def test_a_recipe_that_verify_cannot_read_is_refused_when_it_is_given(bundle, check, tmp_path):
-    """A bundle that a pass writes without complaint passes its verification."""
-    recipe = parse_recipe("[[rule]]\nblocks = []\nbits = 4\n[[rule]]\nbits = 8\n", "here")
-    derived(bundle, tmp_path / "q", recipe_pass(recipe))
-    assert check(tmp_path / "q").failures == []
-
-
 # Graphs
 
 

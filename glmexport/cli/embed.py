@@ -22,7 +22,7 @@ from glmexport.form import SHARED
 )
 @rounding_option
 @output.quiet_option
-def command(bundle: Path, target: Path, force: bool, copy: bool, dtype: str, rounding: str, quiet: bool) -> None:
+def command(bundle: Path, target: Path, force: bool, copy: bool, dtype: str, rounding: str | None, quiet: bool) -> None:
     """Replace BUNDLE's embedding graph by a raw file of rows, which a runtime reads by seek or memory map.
 
     The file is word_embeddings_<dtype>.bin (slim_… after slimming): little-endian, row-major [vocab, hidden].

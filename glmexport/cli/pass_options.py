@@ -55,9 +55,7 @@ def rounding_option(function: Callable[..., Any]) -> Callable[..., Any]:
     return click.option(
         "--rounding",
         type=click.Choice(ROUNDINGS),
-        default=NEAREST,
-        show_default=True,
-        help="How bf16 rows are rounded; truncate gives the upper half of each float32.",
+        help=f"How bf16 rows are rounded; truncate gives the upper half of each float32.  [default: {NEAREST}]",
     )(function)
 
 
@@ -75,9 +73,8 @@ def quantize_options(function: Callable[..., Any]) -> Callable[..., Any]:
             "--format",
             "layout",
             type=click.Choice(FORMATS),
-            default=FORMATS[0],
-            show_default=True,
-            help="matmulnbits: onnxruntime's operator, quick to load; qdq: the standard's, for any runtime.",
+            help="matmulnbits: onnxruntime's operator, quick to load; qdq: the standard's, for any runtime.  "
+            f"[default: {FORMATS[0]}]",
         ),
         click.option(
             "--method",
@@ -97,11 +94,13 @@ def quantize_options(function: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
 
-def embed_pass(word: str, rounding: str) -> EmbedPass:
+def embed_pass(word: str, rounding: str | None) -> EmbedPass:
     """The pass for `--embedding` or `--dtype`. Raises RecipeError for a rounding that the dtype does not have."""
     from glmexport.passes.raw_embedding import EmbedPass
 
-    return EmbedPass(EmbeddingForm(SHARED) if word == SHARED else EmbeddingForm(RAW, EMBEDDINGS[word], rounding))
+    return EmbedPass(
+        EmbeddingForm(SHARED) if word == SHARED else EmbeddingForm(RAW, EMBEDDINGS[word], rounding or NEAREST)
+    )
 
 
 def slim_pass(keep: Path | None, corpus: tuple[Path, ...]) -> SlimPass:
@@ -135,6 +134,8 @@ def passes_of_options(options: Mapping[str, Any], num_blocks: int) -> tuple[Pass
     if options["slim"] or options["keep"] or options["corpus"]:
         passes.append(slim_pass(options["keep"], options["corpus"]))
     embedding = options["embedding"]
+    if embedding in (GRAPH, SHARED) and options["rounding"] is not None:
+        raise RecipeError(f"--rounding is for a raw embedding, and --embedding is {embedding}; leave one of them out.")
     if embedding not in (GRAPH, SHARED):
         passes.append(embed_pass(embedding, options["rounding"]))
     word = options["quantize"]
@@ -143,7 +144,8 @@ def passes_of_options(options: Mapping[str, Any], num_blocks: int) -> tuple[Pass
     if word is not None or options["recipe"] is not None:
         passes.append(quantize_pass(word and QUANTIZE_WORDS[word], options, num_blocks))
     else:
-        useless = [name for name, key in _BY_RECIPE.items() if options[key] is not None]
+        words = {**_BY_RECIPE, "format": "layout", "activations": "activations"}
+        useless = [name for name, key in words.items() if options[key] is not None]
         if useless:
             raise RecipeError(f"--{useless[0]} says how to quantize; add --quantize int8 or int4, or leave it out.")
     if embedding == SHARED:
@@ -154,14 +156,15 @@ def passes_of_options(options: Mapping[str, Any], num_blocks: int) -> tuple[Pass
 def quantization_form(options: Mapping[str, Any]) -> QuantizationForm:
     """The form for `--format` and `--activations`. Raises RecipeError for float32 activations in qdq."""
     activations = options["activations"]
+    layout = options["layout"] or FORMATS[0]
     if activations is None:
-        return QuantizationForm(options["layout"])
-    if options["layout"] == "qdq" and activations == "float32":
+        return QuantizationForm(layout)
+    if layout == "qdq" and activations == "float32":
         raise RecipeError(
             "A qdq graph cannot say that activations stay float32: onnxruntime has a session option for it, "
             "session.qdq_matmulnbits_accuracy_level=1; leave --activations out."
         )
-    return QuantizationForm(options["layout"], activations, activations)
+    return QuantizationForm(layout, activations, activations)
 
 
 def affine_of_options(bits: str | int, options: Mapping[str, Any]) -> Affine:

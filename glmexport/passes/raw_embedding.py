@@ -34,18 +34,24 @@ class RoundedRows:
         for rows in self._matrix.slices():
             encoded = encode_rows(rows, self._form.dtype, self._form.rounding)
             decoded = decode_rows(encoded, self._form.dtype)
-            if not np.array_equal(np.isfinite(decoded), np.isfinite(rows)):
+            finite = np.isfinite(rows)
+            if not np.array_equal(np.isfinite(decoded), finite):
                 raise RecipeError(
                     f"{self._matrix.name} holds values up to {np.abs(rows).max():.3g}, which {self._form.dtype} cannot "
                     f"hold; choose another dtype."
                 )
-            self._squared_error += float(np.square(rows - decoded, dtype=np.float64).sum())
-            self._squared_sum += float(np.square(rows, dtype=np.float64).sum())
+            if finite.all():
+                self._squared_error += float(np.square(rows - decoded, dtype=np.float64).sum())
+                self._squared_sum += float(np.square(rows, dtype=np.float64).sum())
+            else:
+                difference = rows[finite] - decoded[finite]
+                self._squared_error += float(np.square(difference, dtype=np.float64).sum())
+                self._squared_sum += float(np.square(rows[finite], dtype=np.float64).sum())
             yield encoded
 
     @property
     def relative_error(self) -> float:
-        """‖x - rounded‖ / ‖x‖ over the whole table."""
+        """‖x - rounded‖ / ‖x‖ over all finite values of the table."""
         return math.sqrt(self._squared_error / self._squared_sum) if self._squared_sum else 0.0
 
 

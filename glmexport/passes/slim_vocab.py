@@ -44,6 +44,10 @@ class SlimPass:
                 f"The bundle is slimmed already, from {draft.form.slim.vocabulary.full_size} rows to "
                 f"{draft.config.vocab_size}; slim the bundle it was made from instead."
             )
+        if any(step.get("step") == "slim" for step in draft.facts["history"]):
+            raise BundleError(
+                "The bundle is slimmed already, though there was nothing to drop; slim the bundle it was made from instead."
+            )
         vocabulary = self._vocabulary(draft, notice)
         if vocabulary.is_identity:
             notice(f"Nothing to slim: {self._why(draft.config)}; every file is linked as it is.")

@@ -24,7 +24,7 @@ def expected_draft(bundle: Bundle, checkpoint: Checkpoint) -> BundleDraft:
     draft = draft_of_checkpoint(checkpoint, bundle.opset, bundle.argmax, heads_equal(checkpoint))
     if form.slim is not None:
         draft = slim_to(draft, form.slim.vocabulary)
-    if form.vocabulary_file in bundle.files:
+    if form.slim is not None or form.vocabulary_file in bundle.files:
         draft = with_vocabulary_file(draft, ignore_notice)
     if form.embedding.kind == RAW:
         draft = EmbedPass(form.embedding).apply(draft, ignore_notice)

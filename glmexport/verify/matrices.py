@@ -22,6 +22,9 @@ BAND_BYTES = 1 << 18
 SLACK = 1.001
 """Float32 sums of a group taken in another order."""
 
+SMALLEST = 2.0**-100
+"""A group whose largest magnitude is below this becomes zeros: its scale would leave the normal float32 numbers."""
+
 RECORDED = 1e-4
 """How far (absolute) the manifest's error and cosine may be from those found: they are sums over other orders."""
 
@@ -70,8 +73,7 @@ def record_complaints(record: dict[str, Any], finding: Finding) -> list[str]:
 
 
 def _dot(one: torch.Tensor, other: torch.Tensor) -> float:
-    """Sum of products: of a row in float32, of rows in float64."""
-    return float((one * other).sum(-1).double().sum())
+    return float((one.double() * other.double()).sum())
 
 
 def _close(stated: Any, found: float) -> bool:
@@ -98,13 +100,18 @@ def _norm(affine: Affine, error: torch.Tensor) -> torch.Tensor:
 def _plain_rounding(affine: Affine, weights: torch.Tensor) -> torch.Tensor:
     """The error of plain rounding to nearest in each group, [rows, groups]."""
     grouped = _grouped(affine, weights)
+    lowest, highest = grouped.amin(-1, keepdim=True).clamp(max=0), grouped.amax(-1, keepdim=True).clamp(min=0)
+    largest = torch.maximum(highest, -lowest)
+    if affine.symmetric and affine.method == "hqq":  # it sets out from the code that has no opposite
+        scale = torch.where(highest == largest, -largest, largest) / affine.middle
+    elif affine.symmetric:
+        scale = largest / (affine.middle - 1)
+    else:
+        scale = (highest - lowest) / (affine.levels - 1)
+    scale = torch.where(largest >= SMALLEST, scale, torch.ones_like(scale))
     if affine.symmetric:
-        scale = grouped.abs().amax(-1, keepdim=True) / (affine.middle - 1)
         zero, low, high = torch.zeros_like(scale), -affine.middle, affine.middle - 1
     else:
-        lowest, highest = grouped.amin(-1, keepdim=True).clamp(max=0), grouped.amax(-1, keepdim=True).clamp(min=0)
-        scale = (highest - lowest) / (affine.levels - 1)
-        zero, low, high = (-lowest / scale).round().nan_to_num(), 0, affine.levels - 1
-    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+        zero, low, high = (-lowest / scale).round(), 0, affine.levels - 1
     codes = (grouped / scale + zero).round().clamp(low, high)
     return _norm(affine, grouped - (codes - zero) * scale)

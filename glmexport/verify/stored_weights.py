@@ -17,6 +17,7 @@ from glmexport.errors import BundleError
 from glmexport.form import GRAPH, RAW, RAW_DTYPES, TRUNCATE, EmbeddingForm
 from glmexport.onnx_files import COMPARE_BYTES, ExternalTensor, holds, read_band, rows_of
 from glmexport.quantized_rows import QuantizedRows
+from glmexport.raw_rows import decode_rows
 from glmexport.stored import stored_tensors_of
 from glmexport.verify.matrices import check_matrix, record_complaints
 from glmexport.verify.reference import StreamedReference
@@ -104,7 +105,7 @@ class StoredWeights:
         for start in range(0, vocab, band):
             stop = min(start + band, vocab)
             expected = _as_stored(self._reference.table_rows(name, start, stop), form)
-            if not np.array_equal(read_band(self._bundle.directory, place, start, stop), expected):
+            if not _same_rows(read_band(self._bundle.directory, place, start, stop), expected, form):
                 return [file]
         return []
 
@@ -119,6 +120,15 @@ def _exact(graph: str, wrong: list[str], count: int) -> Row:
 
 def _rows_of_tensor(value: torch.Tensor) -> Rows:
     return lambda start, stop: value[start:stop]
+
+
+def _same_rows(found: Array, expected: Array, form: EmbeddingForm) -> bool:
+    """Whether bytes uint8 [rows, width] are equal, but for how a NaN is written."""
+    if np.array_equal(found, expected):
+        return True
+    ours, theirs = (np.ascontiguousarray(rows).view(RAW_DTYPES[form.dtype].numpy) for rows in (found, expected))
+    nan = np.isnan(decode_rows(ours, form.dtype)) & np.isnan(decode_rows(theirs, form.dtype))
+    return bool((nan | (ours.view(f"u{ours.itemsize}") == theirs.view(f"u{theirs.itemsize}"))).all())
 
 
 def _as_stored(rows: torch.Tensor, form: EmbeddingForm) -> Array:
