@@ -44,9 +44,9 @@ class SlimPass:
                 f"The bundle is slimmed already, from {draft.form.slim.vocabulary.full_size} rows to "
                 f"{draft.config.vocab_size}; slim the bundle it was made from instead."
             )
-        if any(step.get("step") == "slim" for step in draft.facts["history"]):
+        if any(isinstance(step, dict) and step.get("step") == "slim" for step in draft.facts["history"]):
             raise BundleError(
-                "The bundle is slimmed already, though there was nothing to drop; slim the bundle it was made from instead."
+                "The bundle is slimmed already, though nothing was dropped; slim the bundle it was made from instead."
             )
         vocabulary = self._vocabulary(draft, notice)
         if vocabulary.is_identity:
