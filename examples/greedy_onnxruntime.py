@@ -18,6 +18,8 @@ def generate(bundle: Path, prompt: list[int], steps: int) -> list[int]:
     """The greedy continuation of `prompt`, whose last two ids are [gMASK] and <sop>."""
     manifest = json.loads((bundle / "manifest.json").read_text(encoding="utf-8"))
     model = manifest["model"]
+    if manifest["embedding"]["kind"] != "graph":
+        raise SystemExit(f"{bundle} has no embedding graph: this example is for bundles that do.")
     sessions = [ort.InferenceSession(bundle / graph["file"]) for graph in manifest["graphs"]]
     embedding, blocks, lm = sessions[0], sessions[1:-1], sessions[-1]
     head_dim = model["hidden_size"] // model["num_heads"]

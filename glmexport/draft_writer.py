@@ -30,9 +30,9 @@ def write_bundle(
     """Write the bundle and return its path.
 
     copy: unchanged files of another bundle instead of linking them. advance: takes (graph or file, bytes written) as
-    weights are written. Raises BundleError where the output may not be
-    written or the disk is too small (before starting), ExportError where a graph is not what it must be, and whatever
-    the tensors raise while they are read. No error leaves anything behind.
+    weights are written. Raises BundleError where the output may not be written or the disk is too small (before
+    starting), ExportError where a graph is not what it must be, and whatever the tensors raise while they are read. No
+    error leaves anything behind.
     """
     check_disk(output, sum(draft.sizes().values()) if copy else new_bytes(draft))
     with BundleWriter(output, force=force, copy=copy) as writer:

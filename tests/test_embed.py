@@ -484,3 +484,8 @@ def test_a_table_that_is_gone_when_it_is_mapped(bf16, tmp_path):
     (copy / "word_embeddings_bf16.bin").unlink()
     with Session(opened) as session, pytest.raises(BundleError, match="could not be mapped"):
         session.embed(np.array([[1]]))
+
+
+def test_shared_rows_are_not_rounded(bundle, tmp_path):
+    result = glmexport("embed", bundle, "-o", tmp_path / "x", "--dtype", "shared", "--rounding", "truncate")
+    assert_one_sentence(result, "leave --rounding out")

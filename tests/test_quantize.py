@@ -719,3 +719,20 @@ def test_an_interrupted_run_leaves_nothing(bundle, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(BundleError, match="is not a bundle"):
         open_bundle(tmp_path / "q")
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (("--plot", "no/such/folder/plot.png"), "no directory to write in"),
+        (("--plot", "plot.jpg"), "does not end in .png"),
+        (("--json", "no/such/folder/report.json"), "no directory to write in"),
+        (("--json", "{target}/report.json"), "lies in the bundle"),
+    ],
+)
+def test_reports_that_cannot_be_written_are_refused_before_the_work(bundle, tmp_path, monkeypatch, options, told):
+    monkeypatch.chdir(tmp_path)
+    target = tmp_path / "q"
+    words = [word.format(target=target) for word in options]
+    assert_one_sentence(glmexport("quantize", bundle, "-o", target, "--bits", 4, "-q", *words), told)
+    assert list(tmp_path.iterdir()) == []

@@ -13,6 +13,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from checkpoints import write_checkpoint
 from conftest import record_again, split_directory
 from derived_bundles import (
     IMAGES,
@@ -34,6 +35,7 @@ from derived_bundles import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
 from glmexport.affine import Affine
 from glmexport.bundle import open_bundle
@@ -50,6 +52,7 @@ from glmexport.recipe import parse_recipe, policy_record
 from glmexport.verify import Report, progress_total, verify
 from glmexport.verify.forms import graph_forms
 from glmexport.verify.matrices import check_matrix
+from glmexport.verify.report import Row
 from glmexport.verify.tolerances import CHAIN_BUDGETS, FORMS, TOLERANCES
 
 STEPS = 1
@@ -880,3 +883,51 @@ def test_codes_that_lie_elsewhere(check, form):
 
     edit_graph(copy, "glm_block_0", edit)
     assert not check(copy).passed
+
+
+# Bounds that follow the model
+
+
+@pytest.fixture(scope="session")
+def strong(shared) -> tuple[Path, Path]:
+    """A checkpoint whose softmax saturates (block matrices six times as large), and its int4 bundle."""
+
+    def make(path: Path) -> None:
+        write_checkpoint(path, tokenizer=False, hidden_size=128, heads=2, inner=300, fmt="safetensors", seed=5)
+        tensors = load_file(path / "model.safetensors")
+        for name, tensor in tensors.items():
+            if tensor.ndim == 2 and ".layers." in name:
+                tensors[name] = (tensor.float() * 6).half()
+        save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+
+    checkpoint = shared("strong-checkpoint", make)
+    floating = shared("strong-bundle", lambda path: split_directory(checkpoint, path, opset=17))
+    return checkpoint, shared("strong-int4", lambda path: derived(floating, path, quantize_pass(4)))
+
+
+def block_rows(report: Report) -> list[Row]:
+    return [row for row in report.rows if row.graph.startswith("glm_block") and row.max_abs_error is not None]
+
+
+def test_blocks_of_a_model_that_multiplies_errors_are_held_to_what_their_weights_do(check, strong):
+    checkpoint, quantized = strong
+    rows = block_rows(check(quantized, checkpoint))
+    beyond = [row for row in rows if row.relative_error > TOLERANCES["int4"].norm]
+    assert beyond, "else this model shows nothing"
+    assert all(row.passed and "the stored weights alone give" in row.detail for row in beyond)
+
+
+def test_and_no_further(check, strong, monkeypatch):
+    checkpoint, quantized = strong
+    monkeypatch.setattr("glmexport.verify.check.INHERENT_SLACK", 0.5)
+    rows = block_rows(check(quantized, checkpoint))
+    assert all(row.passed == (row.relative_error <= TOLERANCES["int4"].norm) for row in rows)
+
+
+def test_a_kept_id_whose_text_needs_dropped_pieces(check, bundle, tmp_path):
+    """`<unk>` decodes to a sign that the full tokenizer writes with byte pieces; without these nothing does."""
+    keep = tmp_path / "keep.txt"
+    keep.write_text("\n".join(map(str, range(40, 340))), "utf-8")  # 40 image rows; the first text row is <unk>
+    derived(bundle, tmp_path / "slim", SlimPass(keep=keep))
+    (row,) = [row for row in check(tmp_path / "slim").rows if row.case == "tokenizer"]
+    assert row.passed, row.detail

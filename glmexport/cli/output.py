@@ -72,6 +72,20 @@ def size(count: float) -> str:
     return f"{count:.2f} GB"
 
 
+def demand_writable(path: Path, *, apart_from: Path, suffix: str | None = None) -> None:
+    """Raise GlmExportError where a report could not be written to `path`, before the long work that it is about.
+
+    apart_from: a bundle, whose directory holds nothing but what its manifest lists.
+    """
+    folder, bundle = path.absolute().parent, apart_from.absolute()
+    if suffix is not None and path.suffix.lower() != suffix:
+        raise GlmExportError(f"{path} does not end in {suffix}, which is what is written; choose another name.")
+    if bundle in (folder, *folder.parents):
+        raise GlmExportError(f"{path} lies in the bundle {apart_from}, which would not be whole; choose another place.")
+    if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise GlmExportError(f"{path} could not be written: {folder} is no directory to write in; choose another file.")
+
+
 def write_json(target: str, document: Any) -> None:
     """Write a document as JSON to a file, or to stdout for `-`. Raises GlmExportError where that fails."""
     text = json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False) + "\n"

@@ -98,9 +98,11 @@ def embed_pass(word: str, rounding: str | None) -> EmbedPass:
     """The pass for `--embedding` or `--dtype`. Raises RecipeError for a rounding that the dtype does not have."""
     from glmexport.passes.raw_embedding import EmbedPass
 
-    return EmbedPass(
-        EmbeddingForm(SHARED) if word == SHARED else EmbeddingForm(RAW, EMBEDDINGS[word], rounding or NEAREST)
-    )
+    if word == SHARED:
+        if rounding is not None:
+            raise RecipeError("Shared rows are the LM head's own, which are not rounded again; leave --rounding out.")
+        return EmbedPass(EmbeddingForm(SHARED))
+    return EmbedPass(EmbeddingForm(RAW, EMBEDDINGS[word], rounding or NEAREST))
 
 
 def slim_pass(keep: Path | None, corpus: tuple[Path, ...]) -> SlimPass:

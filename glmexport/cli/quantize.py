@@ -63,6 +63,9 @@ def command(
 
     if plot is not None:
         demand_matplotlib()
+        output.demand_writable(plot, apart_from=target, suffix=".png")
+    if json_file not in (None, "-"):
+        output.demand_writable(Path(str(json_file)), apart_from=target)
     _check_auto(auto, target_size, bits, options)
 
     def make_pass(draft: BundleDraft) -> Pass:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from glmexport.affine import Affine
-from glmexport.draft import BundleDraft
+from glmexport.draft import GRAPH_FILE_BYTES, BundleDraft
 from glmexport.errors import RecipeError
 from glmexport.form import QuantizationForm
 from glmexport.passes.quantize_weights import QuantizePass, matrices_of
@@ -49,16 +49,17 @@ def choose_recipe(
         error = QuantizedMatrix(matrix, int4, "matmulnbits").measure().relative_error
         choices.append(_Choice(matrix.name, block_id, error**2, cost))
         advance(f"measure {matrix.name}", 4 * outputs * inputs)
+    graph_bytes = _graph_bytes(draft, int4, int8, form)
     choices.sort(key=lambda choice: (choice.block_id is not None, -choice.gain / choice.cost))
     chosen: list[_Choice] = []
-    smallest = _size(draft, _recipe([], int4, int8), form)
+    smallest = _size(draft, _recipe([], int4, int8), form, graph_bytes)
     if smallest > target_bytes:
         raise RecipeError(
             f"With int4 everywhere the bundle takes {smallest:,} bytes, more than the {target_bytes:,} asked for; "
             f"raise --target-size, or use a larger --group-size."
         )
     for choice in choices:
-        if _size(draft, _recipe([*chosen, choice], int4, int8), form) <= target_bytes:
+        if _size(draft, _recipe([*chosen, choice], int4, int8), form, graph_bytes) <= target_bytes:
             chosen.append(choice)
     return _recipe(chosen, int4, int8)
 
@@ -85,9 +86,28 @@ def _recipe(chosen: list[_Choice], int4: Affine, int8: Affine) -> Recipe:
     return Recipe((*rules, Rule("*", int4)))
 
 
-def _size(draft: BundleDraft, recipe: Recipe, form: QuantizationForm) -> int:
+GraphBytes = Mapping[str, tuple[int, float]]
+
+
+def _graph_bytes(draft: BundleDraft, int4: Affine, int8: Affine, form: QuantizationForm) -> GraphBytes:
+    """Graph -> (size of its file with int4 matrices alone, what each int8 one adds)."""
+    made = [QuantizePass(Recipe((Rule("*", affine),)), form).apply(draft, _ignore) for affine in (int4, int8)]
+    sizes = {}
+    for four, eight in zip(made[0].graphs, made[1].graphs, strict=True):
+        low, high = four.graph_bytes(), eight.graph_bytes()
+        sizes[four.name] = (low, (high - low) / max(len(four.matrices), 1))
+    return sizes
+
+
+def _size(draft: BundleDraft, recipe: Recipe, form: QuantizationForm, graph_bytes: GraphBytes) -> int:
+    """Bytes of the bundle: its graph files measured, the rest exact but for the manifest."""
     changed = QuantizePass(recipe, form).apply(draft, _ignore)
-    return sum(changed.sizes().values())
+    total = sum(changed.sizes().values())
+    for graph in changed.graphs:
+        low, more = graph_bytes[graph.name]
+        wide = sum(record()["bits"] == 8 for record in graph.matrices.values())
+        total += int(low + more * wide) - GRAPH_FILE_BYTES
+    return total
 
 
 def _ignore(message: str) -> None:

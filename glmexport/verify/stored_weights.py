@@ -47,6 +47,16 @@ class StoredWeights:
         yield from rows
         yield _exact(graph, wrong, exact)
 
+    def as_stored(self, graph: str, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The weights of a block, with the quantized ones as the bundle has them."""
+        matrices = self._bundle.graph(graph)["matrices"]
+        return {
+            name: torch.from_numpy(self._quantized(graph, name, value.shape).rows(np.arange(value.shape[0])))
+            if name in matrices
+            else value
+            for name, value in weights.items()
+        }
+
     def head(self, norm_weights: Mapping[str, torch.Tensor]) -> Iterator[Row]:
         """The final norm, which is in memory, and the LM head [vocab, hidden], streamed."""
         name = self._checkpoint.head_name
@@ -72,15 +82,17 @@ class StoredWeights:
                 wrong.append(name)
         return wrong, exact, rows
 
-    def _matrix(self, graph: str, name: str, shape: tuple[int, ...], rows: Rows) -> Row:
+    def _quantized(self, graph: str, name: str, shape: tuple[int, ...]) -> QuantizedRows:
         quantization = self._bundle.form.quantization
-        record = self._bundle.graph(graph)["matrices"][name]
         if quantization is None:
             raise BundleError(f"{graph} has quantized matrices and the manifest does not say how they are stored.")
-        places = stored_tensors_of(self._bundle, graph)
+        places, record = stored_tensors_of(self._bundle, graph), self._bundle.graph(graph)["matrices"][name]
         size = (shape[0], shape[1])
-        stored = QuantizedRows(self._bundle.directory, places, name, record, size, quantization.format)
-        finding = check_matrix(stored, rows)
+        return QuantizedRows(self._bundle.directory, places, name, record, size, quantization.format)
+
+    def _matrix(self, graph: str, name: str, shape: tuple[int, ...], rows: Rows) -> Row:
+        record = self._bundle.graph(graph)["matrices"][name]
+        finding = check_matrix(self._quantized(graph, name, shape), rows)
         complaints = record_complaints(record, finding)
         if finding.bad_groups:
             complaints.insert(0, f"{finding.bad_groups} of {finding.groups} groups are worse than plain rounding")

@@ -74,3 +74,8 @@ CHAIN_BUDGETS = {
     "int4": ChainBudget(0.4, 1.0, 0.3, "every block off by some 10 %, adding up like noise; KL grows with the logits"),
 }
 """Measured on seeded random models, whose logits are no sharper for being right: a trained model keeps more tokens."""
+
+INHERENT_SLACK = 1.5
+"""A block beyond its bound passes all the same where it is no further off than so many times what the stored weights do
+to the reference itself: a saturated softmax multiplies the error of weights that could not be rounded better, and that
+they could not is checked group by group. The chain has no such way out: there the damage is the finding."""
