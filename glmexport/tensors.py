@@ -13,8 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-import numpy as np
-
 from glmexport.onnx_files import FOUR_BITS, Array, ExternalTensor, as_bytes, read_band
 from glmexport.vocabulary import VocabularyMap
 
@@ -159,11 +157,6 @@ class SelectedRows:
     def bands(self) -> Iterator[Array]:
         """As `slices`."""
         return self.slices()
-
-
-def read_whole(tensor: Tensor) -> Array:
-    """All of a small tensor, as stored."""
-    return np.concatenate(list(tensor.slices()))
 
 
 def read_ahead(bands: Iterator[Array], depth: int = 2) -> Iterator[Array]:
