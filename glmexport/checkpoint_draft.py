@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -11,7 +12,7 @@ import torch
 
 from glmexport.checkpoint import Checkpoint
 from glmexport.config import ModelConfig
-from glmexport.draft import BundleDraft, GraphDraft, Notice
+from glmexport.draft import BundleDraft, GraphDraft, Notice, ignore_notice
 from glmexport.form import Form
 from glmexport.graphs import GraphPart, patched_parts, stored_transposed
 from glmexport.onnx_files import Array
@@ -19,10 +20,6 @@ from glmexport.patch import ModelPatch
 from glmexport.stamping import buffer_values, external_shapes, skeleton_for, stamped_graph
 from glmexport.tensors import SLICE_BYTES, ArrayTensor, Tensor, rows_per_slice
 from glmexport.tools import tool_versions
-
-
-def ignore_notice(message: str) -> None:
-    """Drop a notice."""
 
 
 @dataclass(frozen=True)
@@ -64,10 +61,7 @@ class CheckpointTensor:
             yield part.numpy()
 
     def _rows(self) -> Iterator[torch.Tensor]:
-        shape = self.checkpoint.info(self.name).shape
-        width = 1
-        for size in shape[1:]:
-            width *= size
+        width = math.prod(self.checkpoint.info(self.name).shape[1:])
         for rows in self.checkpoint.read_bands(self.name, rows_per_slice(width)):
             yield rows.float()
 

@@ -37,6 +37,10 @@ Record = Callable[[], Mapping[str, Any]]
 Notice = Callable[[str], None]
 
 
+def ignore_notice(message: str) -> None:
+    """Drop a notice."""
+
+
 @dataclass(frozen=True)
 class GraphDraft:
     """One graph to be written.

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from glmexport.bundle_writer import check_output
 from glmexport.checkpoint import Checkpoint, heads_equal
-from glmexport.checkpoint_draft import draft_of_checkpoint, ignore_notice
-from glmexport.draft import BundleDraft, Notice
+from glmexport.checkpoint_draft import draft_of_checkpoint
+from glmexport.draft import BundleDraft, Notice, ignore_notice
 from glmexport.draft_writer import Advance, check_disk, ignore_advance, new_bytes, write_bundle
 from glmexport.equivalence import check_patch
 from glmexport.errors import BundleError, CheckpointError, ExportError

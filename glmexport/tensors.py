@@ -46,9 +46,9 @@ class Matrix(Tensor, Protocol):
         ...
 
 
-def rows_per_slice(width: int, itemsize: int = 4) -> int:
-    """Rows of `width` elements in about SLICE_BYTES."""
-    return max(SLICE_BYTES // max(width * itemsize, 1), 1)
+def rows_per_slice(width: int) -> int:
+    """Rows of `width` float32 elements in about SLICE_BYTES."""
+    return max(SLICE_BYTES // max(4 * width, 1), 1)
 
 
 def matrix_shape(matrix: Matrix) -> tuple[int, int]:

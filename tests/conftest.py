@@ -77,6 +77,22 @@ def small_bundle(shared, small_checkpoint) -> Path:
     return shared("small-bundle", lambda path: split_directory(small_checkpoint, path))
 
 
+@pytest.fixture(scope="session")
+def checkpoint(shared) -> Path:
+    """What the tests of passes start from, unless they have their own: image tokens in front and odd widths."""
+    from derived_bundles import odd_checkpoint  # here: it imports this file
+
+    return odd_checkpoint(shared)
+
+
+@pytest.fixture(scope="session")
+def bundle(shared) -> Path:
+    """That checkpoint, split; never change it."""
+    from derived_bundles import odd_bundle  # here: it imports this file
+
+    return odd_bundle(shared)
+
+
 @pytest.fixture
 def small_copy(small_bundle, tmp_path) -> Path:
     """A copy of the small bundle, to be damaged."""

@@ -29,8 +29,6 @@ from derived_bundles import (
     inode,
     load,
     manifest_of,
-    odd_bundle,
-    odd_checkpoint,
     quantize_pass,
     steps_of,
     untouched,
@@ -52,16 +50,6 @@ COMMANDS = {
     "quantize": ("quantize", "--bits", 4),
     "auto": ("quantize", "--auto", "--target-size", "900KB"),
 }
-
-
-@pytest.fixture(scope="session")
-def checkpoint(shared) -> Path:
-    return odd_checkpoint(shared)
-
-
-@pytest.fixture(scope="session")
-def bundle(shared) -> Path:
-    return odd_bundle(shared)
 
 
 @pytest.fixture

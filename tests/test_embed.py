@@ -25,8 +25,6 @@ from derived_bundles import (
     glmexport,
     inode,
     manifest_of,
-    odd_bundle,
-    odd_checkpoint,
     place_of,
     plain_bundle,
     plain_checkpoint,
@@ -53,16 +51,6 @@ TABLE = "transformer.word_embeddings.weight"
 BF16 = EmbedPass(EmbeddingForm(RAW, "bfloat16"))
 SHARE = EmbedPass(EmbeddingForm(SHARED))
 HIDDEN = 40
-
-
-@pytest.fixture(scope="session")
-def checkpoint(shared) -> Path:
-    return odd_checkpoint(shared)
-
-
-@pytest.fixture(scope="session")
-def bundle(shared) -> Path:
-    return odd_bundle(shared)
 
 
 @pytest.fixture(scope="session")

@@ -31,8 +31,6 @@ from derived_bundles import (
     inputs_of,
     load,
     manifest_of,
-    odd_bundle,
-    odd_checkpoint,
     place_of,
     plain_bundle,
     plain_checkpoint,
@@ -65,16 +63,6 @@ GROUPS = (32, pytest.param(64, marks=pytest.mark.slow), pytest.param(128, marks=
 SAME_NUMBERS = 1e-5  # float32 sums in another order, measured up to 1e-6
 ROUNDED_TO_16 = 1e-4  # activations to 127 steps of 127 steps: some 3e-5
 ROUNDED_TO_8 = 0.02  # activations to 127 steps: some 0.6 % a product, four of them in a block
-
-
-@pytest.fixture(scope="session")
-def checkpoint(shared) -> Path:
-    return odd_checkpoint(shared)
-
-
-@pytest.fixture(scope="session")
-def bundle(shared) -> Path:
-    return odd_bundle(shared)
 
 
 @pytest.fixture(scope="session")

@@ -26,8 +26,6 @@ from derived_bundles import (
     inode,
     load,
     manifest_of,
-    odd_bundle,
-    odd_checkpoint,
     plain_bundle,
     quantize_pass,
     quantized_matrices,
@@ -49,16 +47,6 @@ from glmexport.tokenizer import Tokenizer
 ROWS = 1897
 LOGITS = 1e-4  # what the issue asks for; the same sums over the same rows, measured 0
 BF16 = EmbedPass(EmbeddingForm(RAW, "bfloat16"))
-
-
-@pytest.fixture(scope="session")
-def checkpoint(shared) -> Path:
-    return odd_checkpoint(shared)
-
-
-@pytest.fixture(scope="session")
-def bundle(shared) -> Path:
-    return odd_bundle(shared)
 
 
 @pytest.fixture(scope="session")

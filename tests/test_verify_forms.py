@@ -24,8 +24,6 @@ from derived_bundles import (
     glmexport,
     load,
     manifest_of,
-    odd_bundle,
-    odd_checkpoint,
     place_of,
     plain_bundle,
     plain_checkpoint,
@@ -109,16 +107,6 @@ FORMS_THAT_PASS = {
     "slim last": [raw("float16"), quantize_pass(4, symmetric=False), SlimPass()],
     "nothing quantized": [recipe_pass(parse_recipe('[[rule]]\nbits = "none"\n', "none"))],
 }
-
-
-@pytest.fixture(scope="session")
-def checkpoint(shared) -> Path:
-    return odd_checkpoint(shared)
-
-
-@pytest.fixture(scope="session")
-def bundle(shared) -> Path:
-    return odd_bundle(shared)
 
 
 @pytest.fixture

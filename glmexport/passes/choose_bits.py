@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from glmexport.affine import Affine
-from glmexport.draft import GRAPH_FILE_BYTES, BundleDraft
+from glmexport.draft import GRAPH_FILE_BYTES, BundleDraft, ignore_notice
 from glmexport.errors import RecipeError
 from glmexport.form import QuantizationForm
 from glmexport.passes.quantize_weights import QuantizePass, matrices_of
@@ -91,7 +91,7 @@ GraphBytes = Mapping[str, tuple[int, float]]
 
 def _graph_bytes(draft: BundleDraft, int4: Affine, int8: Affine, form: QuantizationForm) -> GraphBytes:
     """Graph -> (size of its file with int4 matrices alone, what each int8 one adds)."""
-    made = [QuantizePass(Recipe((Rule("*", affine),)), form).apply(draft, _ignore) for affine in (int4, int8)]
+    made = [QuantizePass(Recipe((Rule("*", affine),)), form).apply(draft, ignore_notice) for affine in (int4, int8)]
     sizes = {}
     for four, eight in zip(made[0].graphs, made[1].graphs, strict=True):
         low, high = four.graph_bytes(), eight.graph_bytes()
@@ -101,14 +101,10 @@ def _graph_bytes(draft: BundleDraft, int4: Affine, int8: Affine, form: Quantizat
 
 def _size(draft: BundleDraft, recipe: Recipe, form: QuantizationForm, graph_bytes: GraphBytes) -> int:
     """Bytes of the bundle: its graph files measured, the rest exact but for the manifest."""
-    changed = QuantizePass(recipe, form).apply(draft, _ignore)
+    changed = QuantizePass(recipe, form).apply(draft, ignore_notice)
     total = sum(changed.sizes().values())
     for graph in changed.graphs:
         low, more = graph_bytes[graph.name]
         wide = sum(record()["bits"] == 8 for record in graph.matrices.values())
         total += int(low + more * wide) - GRAPH_FILE_BYTES
     return total
-
-
-def _ignore(message: str) -> None:
-    pass

@@ -5,8 +5,8 @@ from __future__ import annotations
 from glmexport import names
 from glmexport.bundle import Bundle
 from glmexport.checkpoint import Checkpoint, heads_equal
-from glmexport.checkpoint_draft import draft_of_checkpoint, ignore_notice
-from glmexport.draft import BundleDraft
+from glmexport.checkpoint_draft import draft_of_checkpoint
+from glmexport.draft import BundleDraft, ignore_notice
 from glmexport.errors import BundleError
 from glmexport.form import RAW, SHARED, slimmed_config
 from glmexport.passes.quantize_weights import QuantizePass
