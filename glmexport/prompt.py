@@ -52,7 +52,8 @@ class Prompt:
 def prepare_prompt(rows: list[list[int]], ids: SpecialIds) -> Prompt:
     """Pad `rows` of token ids on the left to one length and work out masks and positions.
 
-    Each row holds `<sop>` after a `[gMASK]` or, for infilling, a `[MASK]`. Raises GlmExportError for one that does not.
+    Each row holds `<sop>` and, before it, a `[gMASK]` or, for infilling, a `[MASK]`; what follows `<sop>` is an answer.
+    Raises GlmExportError for a row that does not.
     """
     batch, seq = len(rows), max((len(row) for row in rows), default=0)
     input_ids = np.full((batch, seq), ids.pad, np.int64)
@@ -60,13 +61,14 @@ def prepare_prompt(rows: list[list[int]], ids: SpecialIds) -> Prompt:
     hidden = np.empty((batch, 1, seq, seq), np.bool_)
     mask_positions, contexts, pads = (np.zeros(batch, np.int64) for _ in range(3))
     for i, row in enumerate(rows):
-        token = ids.gmask if ids.gmask in row else ids.mask
-        if ids.bos not in row or token not in row:
+        context = row.index(ids.bos) if ids.bos in row else 0
+        token = ids.gmask if ids.gmask in row[:context] else ids.mask
+        if token not in row[:context]:
             raise GlmExportError(
-                f"Prompt {i} needs <sop> (id {ids.bos}) and [gMASK] or [MASK] (ids {ids.gmask}, {ids.mask}), "
+                f"Prompt {i} needs [gMASK] or [MASK] (ids {ids.gmask}, {ids.mask}) and <sop> (id {ids.bos}) after it, "
                 f"found {row[:8]}{'…' if len(row) > 8 else ''}; append both to the encoded text."
             )
-        pad, context = seq - len(row), row.index(ids.bos)
+        pad = seq - len(row)
         pads[i], contexts[i], mask_positions[i] = pad, context, row.index(token)
         input_ids[i, pad:] = row
         after = np.arange(len(row)) >= context

@@ -1,41 +1,67 @@
-"""onnxruntime over a bundle: embedding, blocks and LM head, opened when needed, closed when memory asks for it."""
+"""onnxruntime over a bundle: embedding, blocks and LM head in a chain, within a limit of memory."""
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable, Mapping
+from functools import cached_property
+from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from glmexport import names
-from glmexport.bundle import Bundle
+from glmexport.bundle import Bundle, open_bundle
+from glmexport.bundle_tokenizer import tokenizer_of_bundle
 from glmexport.embedding_rows import embedding_rows
 from glmexport.errors import BundleError
 from glmexport.form import GRAPH
+from glmexport.graph_pool import GraphPool
 from glmexport.interface import graph_spec
-
-if TYPE_CHECKING:
-    import onnxruntime  # type: ignore[import-untyped]
+from glmexport.placement import READ_AHEAD, Placement, kv_cache_bytes
+from glmexport.tokenizer import Tokenizer
 
 Array = npt.NDArray[Any]
+Pasts = list[Array]
+"""KV cache of every block, each float32 [2, total, batch, heads, head_dim]."""
 
 
 class Session:
-    """Runs the graphs of one bundle on the CPU; least recently used graphs are closed above `resident_bytes`.
+    """Runs the graphs of one bundle; a context manager that closes them.
 
-    resident_bytes: weights to keep open, None for all of them. The graph that runs is always open, whatever its size.
-    threads: of each graph, None for onnxruntime's choice.
+    bundle: an opened one, or its directory. threads: of each graph, None for onnxruntime's choice.
+    memory_limit: bytes of graphs and KV cache to hold at most, None for all that there are. Graphs beyond it are
+    streamed from disk, token by token. It is raised where the largest graph alone is more; see `placement.raised`.
+    providers: onnxruntime's execution providers for every graph, first choice first; none is the CPU.
+    gpu_memory: bytes that are free on a GPU; as many blocks as fit run there, on `providers` (default: whichever GPU
+    provider onnxruntime has), the others on the CPU.
+    read_ahead: streamed graphs to open beyond the one that runs, where the limit has room.
+
+    Nothing is opened before it is needed, unless `load` is called. Rows of a raw embedding are mapped and not counted.
+    Raises BundleError: no bundle.
     """
 
-    def __init__(self, bundle: Bundle, *, resident_bytes: int | None = None, threads: int | None = None) -> None:
-        self._bundle = bundle
-        self._resident_bytes = resident_bytes
-        self._threads = threads
-        self._rows: Callable[[Array], Array] | None = None
-        self._open: OrderedDict[str, onnxruntime.InferenceSession] = OrderedDict()
+    def __init__(
+        self,
+        bundle: Bundle | Path | str,
+        *,
+        threads: int | None = None,
+        memory_limit: int | None = None,
+        providers: tuple[str, ...] = (),
+        gpu_memory: int | None = None,
+        read_ahead: int = READ_AHEAD,
+    ) -> None:
+        self.bundle = bundle if isinstance(bundle, Bundle) else open_bundle(Path(bundle))
+        self.config = self.bundle.config
+        self._pool = GraphPool(
+            self.bundle,
+            memory_limit=memory_limit,
+            threads=threads,
+            providers=providers,
+            gpu_memory=gpu_memory,
+            read_ahead=read_ahead,
+        )
 
     def __enter__(self) -> Session:
         return self
@@ -43,21 +69,83 @@ class Session:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._open.clear()
+        self.close()
+
+    def close(self) -> None:
+        """Close every graph."""
+        self._pool.close()
+
+    def load(self, advance: Callable[[str, int], None] = lambda graph, count: None) -> None:
+        """Open all graphs that are to be kept, side by side. advance: takes (graph, its bytes) as each is done.
+
+        Raises BundleError for a graph or an execution provider that is not what it must be.
+        """
+        self._pool.open_resident(advance)
+
+    @property
+    def placement(self) -> Placement:
+        """Where the graphs are, as planned for the KV cache of the latest `forward`."""
+        return self._pool.placement
+
+    def plan(self, length: int) -> Placement:
+        """Where the graphs would be with a KV cache of so many places."""
+        return self._pool.placed(self.kv_bytes(1, length))
+
+    @property
+    def graph_sizes(self) -> Mapping[str, int]:
+        """Bytes of every graph with its data, in the order of the data."""
+        return self._pool.sizes
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of the bundle's graphs that are open in the computer's memory."""
+        return self._pool.held_bytes
+
+    @property
+    def has_tokenizer(self) -> bool:
+        """Whether the bundle holds what it takes to tokenize text."""
+        return names.TOKENIZER_MODEL in self.bundle.files
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """Text to and from the bundle's ids. Raises BundleError where the bundle has no tokenizer."""
+        return tokenizer_of_bundle(self.bundle)
+
+    def kv_bytes(self, batch: int, length: int) -> int:
+        """Bytes of the KV cache of all blocks for so many rows and places."""
+        return self.config.num_blocks * kv_cache_bytes(self.config, batch, length)
+
+    def forward(self, input_ids: Array, attention_mask: Array, position_ids: Array, pasts: Pasts) -> Array:
+        """Run embedding and blocks; returns hidden states float32 [seq, batch, hidden] and grows `pasts` in place.
+
+        input_ids: int64 [batch, seq]; attention_mask: bool [batch, 1, seq, total], True hides; position_ids: int64
+        [batch, 2, seq]; pasts: one KV cache a block, as `empty_pasts` gives and earlier calls grew. Raises BundleError.
+        """
+        batch, total = input_ids.shape[0], attention_mask.shape[-1]
+        self._pool.reserve(self.kv_bytes(batch, total))
+        hidden = self.embed(input_ids)
+        for block_id in range(self.config.num_blocks):
+            hidden, pasts[block_id] = self.block(block_id, hidden, attention_mask, position_ids, pasts[block_id])
+        return hidden
+
+    def empty_pasts(self, batch: int) -> Pasts:
+        """KV caches of length 0, one a block."""
+        return [self.empty_past(batch) for _ in range(self.config.num_blocks)]
+
+    def empty_past(self, batch: int) -> Array:
+        """A KV cache of length 0: float32 [2, 0, batch, heads, head_dim]."""
+        return np.zeros((2, 0, batch, self.config.num_heads, self.config.head_dim), np.float32)
 
     def embed(self, input_ids: Array) -> Array:
         """input_ids int64 [batch, seq] -> float32 [seq, batch, hidden]; raises BundleError for ids without a row."""
-        if self._bundle.form.embedding.kind == GRAPH:
-            return self._run(names.EMBEDDING, {names.INPUT_IDS: input_ids})[names.INPUTS_EMBEDS]
-        if self._rows is None:
-            self._rows = embedding_rows(self._bundle)
-        vocab_size = self._bundle.config.vocab_size
+        vocab_size = self.config.vocab_size
         if input_ids.size and not (input_ids.min() >= 0 and input_ids.max() < vocab_size):
             raise BundleError(
                 f"Ids from {input_ids.min()} to {input_ids.max()} were given, expected 0 to {vocab_size - 1}."
             )
-        rows = self._rows(input_ids.T.reshape(-1))
-        return rows.reshape(*input_ids.T.shape, self._bundle.config.hidden_size)
+        if self.bundle.form.embedding.kind == GRAPH:
+            return self._run(names.EMBEDDING, {names.INPUT_IDS: input_ids})[names.INPUTS_EMBEDS]
+        return self._rows(input_ids.T.reshape(-1)).reshape(*input_ids.T.shape, self.config.hidden_size)
 
     def block(
         self, block_id: int, hidden: Array, attention_mask: Array, position_ids: Array, past: Array
@@ -76,51 +164,16 @@ class Session:
         """Hidden states [seq, batch, hidden] -> `logits` [batch, vocab] and/or `token_id` [batch]."""
         return self._run(names.HEAD, {names.HIDDEN_STATES: hidden})
 
-    def empty_past(self, batch: int) -> Array:
-        """A KV cache of length 0: float32 [2, 0, batch, heads, head_dim]."""
-        config = self._bundle.config
-        return np.zeros((2, 0, batch, config.num_heads, config.head_dim), np.float32)
+    @cached_property
+    def _rows(self) -> Callable[[Array], Array]:
+        return embedding_rows(self.bundle)
 
     def _run(self, graph: str, feeds: Mapping[str, Array]) -> dict[str, Array]:
-        session = self._opened(graph)
-        spec = graph_spec(graph, self._bundle.config, self._bundle.argmax)
+        session = self._pool.get(graph)
+        spec = graph_spec(graph, self.config, self.bundle.argmax)
         outputs = [output.name for output in spec.outputs]
         try:
             values = session.run(outputs, dict(feeds))
         except Exception as error:  # onnxruntime's own errors share no public base class
             raise BundleError(f"{names.graph_file(graph)} failed to run: {str(error).splitlines()[0]}") from error
         return dict(zip(outputs, values, strict=True))
-
-    def _opened(self, graph: str) -> onnxruntime.InferenceSession:
-        if graph in self._open:
-            self._open.move_to_end(graph)
-            return self._open[graph]
-        self._make_room(self._weight_bytes(graph))
-        self._open[graph] = self._load(graph)
-        return self._open[graph]
-
-    def _load(self, graph: str) -> onnxruntime.InferenceSession:
-        import onnxruntime
-
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3
-        if not self._bundle.graph(graph)["matrices"]:
-            # packed copies of float32 matrices double a graph's memory and take a hundred times as long as mapping its
-            # file; quantized ones are multiplied with a hundred times slower where they are not packed
-            options.add_session_config_entry("session.disable_prepacking", "1")
-        if self._threads is not None:
-            options.intra_op_num_threads = self._threads
-        path = self._bundle.path(names.graph_file(graph))
-        try:
-            return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # see _run
-            raise BundleError(f"{path.name} could not be loaded: {str(error).splitlines()[0]}") from error
-
-    def _make_room(self, needed: int) -> None:
-        if self._resident_bytes is None:
-            return
-        while self._open and sum(map(self._weight_bytes, self._open)) + needed > self._resident_bytes:
-            self._open.popitem(last=False)
-
-    def _weight_bytes(self, graph: str) -> int:
-        return self._bundle.files[names.data_file(graph)].bytes

@@ -102,7 +102,7 @@ def small_copy(small_bundle, tmp_path) -> Path:
 def split_directory(checkpoint: Path, output: Path, **options) -> list[str]:
     """Split a checkpoint directory; returns the notices."""
     from glmexport.checkpoint import open_checkpoint
-    from glmexport.split import SplitOptions, split
+    from glmexport.splitter import SplitOptions, split
 
     notices: list[str] = []
     with open_checkpoint(checkpoint) as source:

@@ -433,7 +433,7 @@ def test_ctrl_c_ends_with_130_and_leaves_nothing(small_checkpoint, tmp_path):
 
 @pytest.mark.parametrize(
     "moment",
-    ["glmexport.split.check_patch", "glmexport.checkpoint_draft.skeleton_for", "glmexport.draft_writer.lint_graph"],
+    ["glmexport.splitter.check_patch", "glmexport.checkpoint_draft.skeleton_for", "glmexport.draft_writer.lint_graph"],
 )
 def test_ctrl_c_at_any_stage(glmexport, small_checkpoint, tmp_path, monkeypatch, moment):
     def interrupted(*_args: object, **_options: object) -> None:
@@ -448,14 +448,14 @@ def test_ctrl_c_at_any_stage(glmexport, small_checkpoint, tmp_path, monkeypatch,
 
 def test_ctrl_c_that_a_callback_swallows_still_ends_the_run(glmexport, small_checkpoint, tmp_path, monkeypatch):
     """Python prints and drops a KeyboardInterrupt inside a finalizer, as in torch's weak references."""
-    from glmexport.split import check_patch
+    from glmexport.splitter import check_patch
 
     def swallowing(*arguments: object) -> float:
         with contextlib.suppress(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
         return check_patch(*arguments)
 
-    monkeypatch.setattr("glmexport.split.check_patch", swallowing)
+    monkeypatch.setattr("glmexport.splitter.check_patch", swallowing)
     for quiet in ((), ("-q",)):
         result = glmexport("split", small_checkpoint, "-o", tmp_path / "bundle", "--opset", 14, *quiet)
         assert result.status == 130
@@ -480,6 +480,6 @@ def test_a_bug_keeps_its_traceback(glmexport, small_checkpoint, tmp_path, monkey
     def bug(*_args: object, **_options: object) -> None:
         raise ZeroDivisionError("a bug")
 
-    monkeypatch.setattr("glmexport.split.check_patch", bug)
+    monkeypatch.setattr("glmexport.splitter.check_patch", bug)
     with pytest.raises(ZeroDivisionError, match="a bug"):
         glmexport("split", small_checkpoint, "-o", tmp_path / "bundle")

@@ -8,7 +8,6 @@ from hypothesis import strategies as st
 
 from glmexport.affine import BITS, GROUP_SIZES, METHODS, Affine
 from glmexport.errors import GlmExportError, RecipeError
-from glmexport.passes.choose_bits import parse_size
 from glmexport.recipe import (
     MAX_RECIPE_BYTES,
     Recipe,
@@ -202,29 +201,6 @@ def test_a_record_that_is_none():
 
 
 # Sizes
-
-
-@pytest.mark.parametrize(
-    ("text", "count"),
-    [
-        ("3.2GB", 3_200_000_000),
-        ("3.2 gb", 3_200_000_000),
-        ("800MB", 800_000_000),
-        (" 3GiB ", 3 << 30),
-        ("1.5KiB", 1536),
-        ("7 kB", 7000),
-        ("1000000", 1_000_000),
-        ("12B", 12),
-    ],
-)
-def test_sizes(text, count):
-    assert parse_size(text) == count
-
-
-@pytest.mark.parametrize("text", ["", "GB", "large", "-1GB", "1e9", "3 TB", "3GBs", "0x10", "1,5GB", "3Gi"])
-def test_sizes_that_are_none(text):
-    with pytest.raises(RecipeError, match=r"expected a number with MB, GB, MiB or GiB"):
-        parse_size(text)
 
 
 def test_a_rule_for_no_block_is_refused():

@@ -31,7 +31,7 @@ from glmexport.config import ModelConfig
 from glmexport.errors import BundleError, CheckpointError, ExportError
 from glmexport.models.chatglm_6b import ChatGLMForConditionalGeneration, build_reference
 from glmexport.prompt import prepare_prompt
-from glmexport.split import LIBRARY_BYTES, SplitOptions, plan_split, split
+from glmexport.splitter import LIBRARY_BYTES, SplitOptions, plan_split, split
 from glmexport.stored import stored_tensors_of
 from glmexport.trace import TRACED_LENGTHS
 from glmexport.weights import Weights
@@ -346,7 +346,7 @@ def test_a_sum_that_overflows_is_no_infinite_weight(tmp_path, quick):
 def test_slices_of_any_size_give_the_same_bytes(tmp_path, monkeypatch, quick, fmt):
     checkpoint = write_checkpoint(tmp_path / "checkpoint", fmt=fmt, dtype=torch.float32)
     split_directory(checkpoint, tmp_path / "whole", **quick)
-    monkeypatch.setattr("glmexport.split.SLICE_BYTES", 1000)
+    monkeypatch.setattr("glmexport.splitter.SLICE_BYTES", 1000)
     split_directory(checkpoint, tmp_path / "sliced", **quick)
     for path in (tmp_path / "whole").iterdir():
         assert (tmp_path / "sliced" / path.name).read_bytes() == path.read_bytes()
@@ -414,7 +414,7 @@ def nothing_is_read(monkeypatch):
 
 @pytest.mark.usefixtures("nothing_is_read")
 def test_a_disk_too_small_is_found_before_starting(small_checkpoint, tmp_path, monkeypatch):
-    monkeypatch.setattr("glmexport.split.check_patch", fail)
+    monkeypatch.setattr("glmexport.splitter.check_patch", fail)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**12, 10**12 - 1000, 1000))
     with pytest.raises(BundleError, match=r"has 0\.0 MB free and the bundle needs"):
         split_directory(small_checkpoint, tmp_path / "deep" / "bundle")
@@ -454,7 +454,7 @@ def test_an_unequal_patch_exports_nothing(small_checkpoint, tmp_path, monkeypatc
     def unequal(*_args: object) -> None:
         raise ExportError("the patch is wrong")
 
-    monkeypatch.setattr("glmexport.split.check_patch", unequal)
+    monkeypatch.setattr("glmexport.splitter.check_patch", unequal)
     with pytest.raises(ExportError, match="the patch is wrong"):
         split_directory(small_checkpoint, tmp_path / "bundle")
     assert list(tmp_path.iterdir()) == []
@@ -481,7 +481,7 @@ import sys
 from pathlib import Path
 from glmexport.bundle_writer import HashingFile
 from glmexport.checkpoint import open_checkpoint
-from glmexport.split import SplitOptions, split
+from glmexport.splitter import SplitOptions, split
 import time
 checkpoint, output, moment = sys.argv[1:]
 write = HashingFile.write

@@ -10,6 +10,7 @@ import click
 
 from glmexport import names
 from glmexport.cli import output
+from glmexport.sizes import size_in_words
 
 if TYPE_CHECKING:
     from glmexport.draft import BundleDraft
@@ -74,7 +75,7 @@ def embedding_in_words(written: BundleDraft) -> str:
 
 def sizes(before: Path, after: Path) -> str:
     """`, 1.7 MB -> 1.1 MB`."""
-    return f", {output.size(_bytes(before))} -> {output.size(_bytes(after))}"
+    return f", {size_in_words(_bytes(before))} -> {size_in_words(_bytes(after))}"
 
 
 def _bytes(bundle: Path) -> int:

@@ -9,6 +9,7 @@ import click
 from rich.markup import escape
 
 from glmexport.cli import output
+from glmexport.sizes import size_in_words
 
 
 @click.command(name="inspect")
@@ -64,9 +65,9 @@ def _print(summary: dict[str, Any]) -> None:
             part["name"],
             f"{part['parameters']:,}",
             f"{part['bytes']:,}",
-            output.size(part["bytes"]),
+            size_in_words(part["bytes"]),
             escape(part["dtypes"]),
         )
     totals = [sum(part[key] for part in summary["parts"]) for key in ("parameters", "bytes")]
-    listing.add_row("total", f"{totals[0]:,}", f"{totals[1]:,}", output.size(totals[1]), style="bold")
+    listing.add_row("total", f"{totals[0]:,}", f"{totals[1]:,}", size_in_words(totals[1]), style="bold")
     console.print(listing)

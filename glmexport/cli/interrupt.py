@@ -39,3 +39,8 @@ def check() -> None:
     """Raise KeyboardInterrupt if Ctrl-C was pressed."""
     if _seen.is_set():
         raise KeyboardInterrupt
+
+
+def forget() -> None:
+    """Go on after Ctrl-C, which stopped what it was meant to stop."""
+    _seen.clear()

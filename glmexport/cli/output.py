@@ -63,15 +63,6 @@ def table(*columns: str, right: tuple[str, ...] = ()) -> Table:
     return result
 
 
-def size(count: float) -> str:
-    """A number of bytes for people, in powers of 1000 as disks are sold."""
-    for unit in ("B", "kB", "MB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.2f} GB"
-
-
 def demand_writable(path: Path, *, apart_from: Path, suffix: str | None = None) -> None:
     """Raise GlmExportError where a report could not be written to `path`, before the long work that it is about.
 

@@ -11,6 +11,7 @@ from rich.markup import escape
 from glmexport.cli import derived, output
 from glmexport.cli.pass_options import affine_of_options, quantization_form, quantize_options, quantize_pass
 from glmexport.errors import RecipeError
+from glmexport.sizes import parse_size, size_in_words
 
 if TYPE_CHECKING:
     from glmexport.draft import BundleDraft
@@ -104,9 +105,9 @@ def show_report(report: dict[str, Any], *, all_rows: bool = False) -> None:
     console.print(listing)
     if len(shown) < len(matrices):
         console.print(f"The worst of each kind of {len(matrices)} matrices; --all prints every one.")
-    before = f"{output.size(report['bytes_before'])} -> " if report["bytes_before"] else ""
-    parts = ", ".join(f"{part} {output.size(count)}" for part, count in report["parts"].items() if count)
-    console.print(f"{report['bundle']}: {before}{output.size(report['bytes'])} ({parts})", markup=False)
+    before = f"{size_in_words(report['bytes_before'])} -> " if report["bytes_before"] else ""
+    parts = ", ".join(f"{part} {size_in_words(count)}" for part, count in report["parts"].items() if count)
+    console.print(f"{report['bundle']}: {before}{size_in_words(report['bytes'])} ({parts})", markup=False)
 
 
 def _worst_of_each_kind(matrices: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -128,7 +129,7 @@ def _check_auto(auto: bool, target_size: str | None, bits: str | None, options: 
 
 
 def _auto_pass(draft: BundleDraft, target_size: str, options: dict[str, Any], quiet: bool) -> Pass:
-    from glmexport.passes.choose_bits import choose_recipe, parse_size
+    from glmexport.passes.choose_bits import choose_recipe
     from glmexport.passes.quantize_weights import QuantizePass, matrices_of
 
     form = quantization_form(options)

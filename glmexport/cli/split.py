@@ -15,6 +15,7 @@ from glmexport.cli.pass_options import EMBEDDINGS, passes_of_options, quantize_o
 from glmexport.cli.quantize import show_report
 from glmexport.form import GRAPH, SHARED
 from glmexport.interface import ARGMAX_MODES, DEFAULT_OPSET, OPSETS
+from glmexport.sizes import size_in_words
 
 
 class SplitCommand(click.Command):
@@ -96,7 +97,7 @@ def command(
     from glmexport.bundle_writer import check_output
     from glmexport.checkpoint import open_checkpoint
     from glmexport.quantize_report import quantize_report
-    from glmexport.split import SplitOptions, check_apart, plan_split, split
+    from glmexport.splitter import SplitOptions, check_apart, plan_split, split
 
     if not bundle.name:
         raise click.BadParameter("the name of a directory to make is needed.", param_hint="--output")
@@ -119,7 +120,7 @@ def command(
             show_report(quantize_report(None, written))
         if written.form.embedding.kind != GRAPH:
             click.echo(f"embedding: {embedding_in_words(written_draft)}")
-        click.echo(f"{bundle}: {len(written.graphs)} graphs, {len(written.files)} files, {output.size(total)}")
+        click.echo(f"{bundle}: {len(written.graphs)} graphs, {len(written.files)} files, {size_in_words(total)}")
         if check:
             from glmexport.cli.verify import run_verify
 
@@ -130,13 +131,13 @@ def command(
 def _print_plan(files: dict[str, int], disk: int, memory: int, bundle: Path) -> None:
     listing = output.table("file", "bytes", "", right=("bytes", ""))
     for name, count in files.items():
-        listing.add_row(name, f"{count:,}", output.size(count))
+        listing.add_row(name, f"{count:,}", size_in_words(count))
     console = output.console()
     console.print(listing)
     place = bundle.absolute().parent
     while not place.exists():
         place = place.parent
-    free = output.size(shutil.disk_usage(place).free)
-    console.print(f"disk needed  {output.size(disk)}, free {free} in {place}", markup=False)
-    console.print(f"peak memory  about {output.size(memory)}")
+    free = size_in_words(shutil.disk_usage(place).free)
+    console.print(f"disk needed  {size_in_words(disk)}, free {free} in {place}", markup=False)
+    console.print(f"peak memory  about {size_in_words(memory)}")
     console.print("Graph files and the manifest are estimates, external data is exact; nothing was written.")

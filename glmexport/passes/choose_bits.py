@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -14,8 +13,6 @@ from glmexport.passes.quantize_weights import QuantizePass, matrices_of
 from glmexport.quantized import QuantizedMatrix
 from glmexport.recipe import Recipe, Rule
 from glmexport.tensors import matrix_shape
-
-_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
 @dataclass(frozen=True)
@@ -62,14 +59,6 @@ def choose_recipe(
         if _size(draft, _recipe([*chosen, choice], int4, int8), form, graph_bytes) <= target_bytes:
             chosen.append(choice)
     return _recipe(chosen, int4, int8)
-
-
-def parse_size(text: str) -> int:
-    """Bytes of a size such as `3.2GB`, `800 MB`, `3GiB` or `1000000`. Raises RecipeError."""
-    match = re.fullmatch(r"\s*(\d{1,15}(?:\.\d{1,6})?)\s*([KMG]?I?B?)\s*", text.upper())
-    if match is None or match[2] not in _UNITS:
-        raise RecipeError(f"The size {text!r:.40} is none; expected a number with MB, GB, MiB or GiB, such as 3.2GB.")
-    return int(float(match[1]) * _UNITS[match[2]])
 
 
 def _recipe(chosen: list[_Choice], int4: Affine, int8: Affine) -> Recipe:

@@ -13,6 +13,7 @@ import numpy as np
 import onnx
 
 from glmexport import names
+from glmexport.bundle_tokenizer import make_tokenizer
 from glmexport.config import ModelConfig
 from glmexport.draft import BundleDraft, GraphDraft, Notice, Record
 from glmexport.errors import BundleError, RecipeError
@@ -119,12 +120,8 @@ def tokenizer_of_draft(draft: BundleDraft, *, checkpoint_ids: bool = False) -> T
     """The tokenizer with the draft's ids, or with those before it was slimmed; None where there is none."""
     if names.TOKENIZER_MODEL not in draft.files:
         return None
-    slim, config = draft.form.slim, draft.config
-    images = slim.num_image_tokens if slim else config.num_image_tokens
-    vocabulary = slim.vocabulary if slim else VocabularyMap.identity(config.vocab_size)
-    if checkpoint_ids:
-        vocabulary = VocabularyMap.identity(vocabulary.full_size)
-    return Tokenizer(draft.read_file(names.TOKENIZER_MODEL), num_image_tokens=images, vocabulary=vocabulary)
+    model = draft.read_file(names.TOKENIZER_MODEL)
+    return make_tokenizer(model, draft.config, draft.form, checkpoint_ids=checkpoint_ids)
 
 
 def _slim_graph(draft: BundleDraft, graph: GraphDraft, vocabulary: VocabularyMap) -> GraphDraft:

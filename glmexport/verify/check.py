@@ -33,9 +33,9 @@ from glmexport.vocabulary import VocabularyMap
 DEFAULT_STEPS = 4
 """Decode steps after each prompt; few, because a model that does not stay in memory is read once a step."""
 
-RESIDENT_BYTES = 1 << 28
-"""Weights that onnxruntime may hold at once: small models stay open, of a large one only the graph that runs (graphs
-are used in turn, so that holding some of them would not save opening one)."""
+MEMORY_LIMIT = 1 << 28
+"""Bytes of graphs to keep open: small models stay, of a large one only the graph that runs, because the reference's own
+block is in memory beside it."""
 
 Advance = Callable[[str], None]
 _BlockInputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
@@ -75,7 +75,7 @@ def verify(
         report.rows.append(Row("all", "manifest", False, detail=str(error)))
         return report
     report.rows.extend(check_structure(bundle, expected, advance))
-    with torch.inference_mode(), Session(bundle, resident_bytes=RESIDENT_BYTES) as session:
+    with torch.inference_mode(), Session(bundle, memory_limit=MEMORY_LIMIT, read_ahead=0) as session:
         try:
             _Comparison(bundle, checkpoint, session, report, steps, advance).run()
         except BundleError as error:

@@ -1,0 +1,174 @@
+"""The open graphs of a bundle: onnxruntime sessions, kept or streamed as a placement says."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
+from typing import TYPE_CHECKING
+
+from glmexport import names
+from glmexport.bundle import Bundle
+from glmexport.errors import BundleError
+from glmexport.placement import READ_AHEAD, Placement, graphs_for_gpu, place
+
+if TYPE_CHECKING:
+    import onnxruntime  # type: ignore[import-untyped]
+
+CPU_PROVIDER = "CPUExecutionProvider"
+_NO_GPU = (CPU_PROVIDER, "AzureExecutionProvider")
+OPENERS = 2
+"""Graphs opened side by side. Packing a graph's weights keeps one core busy, so a second one waits for the disk or
+uses another core; more would only take turns."""
+
+_ADVICE_BYTES = 1 << 20  # Linux reads no more than some of the disk's largest request for one piece of advice
+
+
+class GraphPool:
+    """Opens graphs when they are asked for; those that are streamed are opened ahead of their turn and closed after it.
+
+    Graphs are expected in the order of the data, over and over. Any other order works and opens more often.
+    """
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        *,
+        memory_limit: int | None,
+        threads: int | None,
+        providers: tuple[str, ...],
+        gpu_memory: int | None,
+        read_ahead: int = READ_AHEAD,
+    ) -> None:
+        """Plan; nothing is opened. Arguments as of `Session`."""
+        self._bundle = bundle
+        self._limit, self._threads, self._read_ahead = memory_limit, threads, read_ahead
+        self._providers, self._gpu_memory = providers, gpu_memory
+        self.sizes = graph_sizes(bundle)
+        self._gpu = () if gpu_memory is None else graphs_for_gpu(self.sizes, bundle.config, gpu_memory)
+        self._open: dict[str, Future[onnxruntime.InferenceSession]] = {}
+        self._openers = ThreadPoolExecutor(OPENERS, "glmexport-open")
+        self.placement = self.placed(0)
+
+    def reserve(self, kv_bytes: int) -> None:
+        """Plan for a KV cache of so many bytes: from the next graph on, what can no longer be kept is streamed."""
+        if self._limit is not None:
+            self.placement = self.placed(kv_bytes)
+
+    def get(self, graph: str) -> onnxruntime.InferenceSession:
+        """The open graph; opens what comes after it meanwhile. Raises BundleError where it cannot be opened."""
+        window = self._window(graph)
+        for name in [name for name in self._open if name in self.placement.streamed and name not in window]:
+            self._close(name)
+        for name in (graph, *window):
+            self._begin(name)
+        try:
+            return self._open[graph].result()
+        except BundleError:
+            del self._open[graph]
+            raise
+
+    def open_resident(self, advance: Callable[[str, int], None]) -> None:
+        """Open, side by side, all that is to be kept. advance: takes (graph, its bytes) as each is done."""
+        kept = (*self.placement.gpu, *self.placement.resident)
+        for name in kept:
+            self._begin(name)
+        for name in kept:
+            self.get(name)
+            advance(name, self.sizes[name])
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of the bundle's graphs that are open, or being opened, in the computer's memory."""
+        return sum(self.sizes[name] for name in self._open if name not in self._gpu)
+
+    def close(self) -> None:
+        """Close everything; the pool is of no use afterwards."""
+        self._openers.shutdown(cancel_futures=True)
+        self._open.clear()
+
+    def placed(self, kv_bytes: int) -> Placement:
+        """Where the graphs would be beside a KV cache of so many bytes."""
+        return place(
+            self.sizes, kv_bytes=kv_bytes, memory_limit=self._limit, gpu=self._gpu, read_ahead=self._read_ahead
+        )
+
+    def _window(self, graph: str) -> list[str]:
+        """The streamed graphs that may be open while `graph` runs: itself, if it is one, and the next that fit."""
+        window: list[str] = []
+        free = self.placement.window_bytes
+        for name in islice(self._streamed_from(graph), 1 + self._read_ahead):
+            if self.sizes[name] > free and name != graph:
+                break
+            free -= self.sizes[name]
+            window.append(name)
+        return window
+
+    def _streamed_from(self, graph: str) -> Iterator[str]:
+        """Every streamed graph once, in the order of the data, from `graph` on and around."""
+        order = list(self.sizes)
+        start = order.index(graph)
+        return (name for name in order[start:] + order[:start] if name in self.placement.streamed)
+
+    def _begin(self, graph: str) -> None:
+        if graph not in self._open:
+            self._open[graph] = self._openers.submit(self._load, graph)
+
+    def _close(self, graph: str) -> None:
+        future = self._open.pop(graph)
+        if not future.cancel():
+            future.exception()  # it is being opened: its bytes are only free once that has ended
+
+    def _load(self, graph: str) -> onnxruntime.InferenceSession:
+        import onnxruntime
+
+        path = self._bundle.path(names.graph_file(graph))
+        if graph in self.placement.streamed:
+            _read_ahead(self._bundle.path(names.data_file(graph)))
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        # every graph has threads of its own: those of one must not spin while the next one runs
+        options.add_session_config_entry("session.force_spinning_stop", "1")
+        if not self._bundle.graph(graph)["matrices"]:
+            # packed copies of float32 matrices double a graph's memory and take a hundred times as long as mapping its
+            # file; quantized ones are multiplied with a hundred times slower where they are not packed
+            options.add_session_config_entry("session.disable_prepacking", "1")
+        if self._threads is not None:
+            options.intra_op_num_threads = self._threads
+        try:
+            return onnxruntime.InferenceSession(str(path), options, providers=self._providers_of(graph))
+        except Exception as error:  # onnxruntime's own errors share no public base class
+            raise BundleError(f"{path.name} could not be loaded: {str(error).splitlines()[0]}") from error
+
+    def _providers_of(self, graph: str) -> list[str]:
+        """Execution providers of a graph, first choice first; BundleError where onnxruntime has not got them."""
+        if self._gpu_memory is not None and graph not in self._gpu:
+            return [CPU_PROVIDER]
+        import onnxruntime
+
+        available = onnxruntime.get_available_providers()
+        wanted = self._providers or (CPU_PROVIDER,)
+        if self._gpu_memory is not None and not self._providers:
+            wanted = tuple(name for name in available if name not in _NO_GPU) or ("a GPU's",)
+        missing = [name for name in wanted if name not in available]
+        if missing:  # onnxruntime itself would warn and go on without
+            raise BundleError(
+                f"onnxruntime here has no execution provider {missing[0]}, only {', '.join(available)}; install the "
+                "build of onnxruntime that has it, or choose another."
+            )
+        return [*wanted, *([] if CPU_PROVIDER in wanted else [CPU_PROVIDER])]
+
+
+def graph_sizes(bundle: Bundle) -> Mapping[str, int]:
+    """Bytes of every graph with its data, in the order of the data."""
+    return {entry["name"]: sum(bundle.files[entry[key]].bytes for key in ("file", "data")) for entry in bundle.graphs}
+
+
+def _read_ahead(path: os.PathLike[str]) -> None:
+    """Ask the system to read a file into its cache, without waiting for it; where it cannot be asked, do nothing."""
+    if not hasattr(os, "posix_fadvise"):
+        return
+    with open(path, "rb", buffering=0) as file:  # noqa: PTH123  (a descriptor is all that is needed)
+        for offset in range(0, os.fstat(file.fileno()).st_size, _ADVICE_BYTES):
+            os.posix_fadvise(file.fileno(), offset, _ADVICE_BYTES, os.POSIX_FADV_WILLNEED)

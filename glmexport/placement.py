@@ -1,0 +1,132 @@
+"""Which graphs of a bundle stay in memory, which are streamed from disk, which run on a GPU: arithmetic and no more.
+
+What is counted is the bytes of the bundle's graphs and of the KV cache. Nothing here opens a file or asks a device, so
+a plan can be shown, and tested, on a machine that has neither the memory nor the GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from glmexport import names
+from glmexport.config import ModelConfig
+
+FLOAT_BYTES = 4
+"""KV cache and activations are float32."""
+
+READ_AHEAD = 2
+"""Streamed graphs opened beyond the one that runs: the next one is ready when its turn comes, the one after it is being
+read, which keeps disk and processor busy at once."""
+
+PROVIDER_BYTES = 500_000_000
+"""Taken for a GPU provider's own context, libraries and workspace: a round number, not a measurement."""
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where each graph is, in the order of the data; every graph is in one of the three.
+
+    gpu: run by the GPU provider. resident: opened once and kept. streamed: opened when their turn comes and closed
+    after it, so many at a time that they take at most `window_bytes`, but for one that takes more by itself. limit:
+    bytes of graphs and KV cache in the computer's memory, None for any number. raised: whether that is more than was
+    asked for.
+    """
+
+    gpu: tuple[str, ...]
+    resident: tuple[str, ...]
+    streamed: tuple[str, ...] = ()
+    window_bytes: int = 0
+    limit: int | None = None
+    raised: bool = False
+
+
+@dataclass(frozen=True)
+class GpuNeeds:
+    """What a GPU must hold, in bytes. fixed: whatever runs there. block: more for each block, beside its weights."""
+
+    fixed: int
+    block: int
+
+
+def kv_cache_bytes(config: ModelConfig, batch: int, length: int) -> int:
+    """Keys and values of one block for so many rows and places."""
+    return 2 * length * batch * config.hidden_size * FLOAT_BYTES
+
+
+def gpu_needs(config: ModelConfig, length: int) -> GpuNeeds:
+    """What a GPU needs beside weights to prefill a prompt of `length` tokens and to decode up to that length.
+
+    A block holds its KV cache. Whichever block runs has its past and its presents at once, and the larger of attention
+    (scores before and after the softmax, query, key and value as they are turned) and MLP (input, tanh and output of
+    the activation), beside hidden states in and out.
+    """
+    attention = 2 * config.num_heads * length + 6 * config.hidden_size
+    activations = length * (max(attention, 3 * config.inner_size) + 2 * config.hidden_size) * FLOAT_BYTES
+    kv_cache = kv_cache_bytes(config, 1, length)
+    return GpuNeeds(PROVIDER_BYTES + activations + kv_cache, kv_cache)
+
+
+def graphs_for_gpu(sizes: Mapping[str, int], config: ModelConfig, gpu_memory: int) -> tuple[str, ...]:
+    """The graphs that a GPU with so many bytes free takes: as many blocks as fit, from the first; after them the head.
+
+    Hidden states cross between devices once then. sizes: bytes of every graph, in the order of the data.
+    """
+    needs = gpu_needs(config, config.max_positions)
+    free = gpu_memory - needs.fixed
+    taken: list[str] = []
+    for name, size in sizes.items():
+        if name == names.EMBEDDING:
+            continue  # it only looks rows up
+        size += needs.block * (name != names.HEAD)
+        if size > free:
+            break
+        free -= size
+        taken.append(name)
+    return tuple(taken)
+
+
+def place(
+    sizes: Mapping[str, int],
+    *,
+    kv_bytes: int = 0,
+    memory_limit: int | None = None,
+    gpu: tuple[str, ...] = (),
+    read_ahead: int = READ_AHEAD,
+) -> Placement:
+    """Place every graph.
+
+    Graphs take turns, each once a token, so the best that memory can do is to keep some for good: the largest that
+    leave room for streaming the others. A limit below what the largest graph and the KV cache need is raised to that;
+    nothing is kept then, so that only the graphs that need it take more than was asked for.
+
+    sizes: bytes of every graph, in the order of the data. gpu: those that are not in the computer's memory.
+    read_ahead: graphs to be opened beyond the one that runs, where they fit.
+    """
+    ours = {name: size for name, size in sizes.items() if name not in gpu}
+    everything = sum(ours.values()) + kv_bytes
+    if memory_limit is None or everything <= memory_limit:
+        return Placement(gpu, tuple(ours), limit=memory_limit)
+    needed = max(ours.values(), default=0) + kv_bytes
+    if needed > memory_limit:
+        return Placement(gpu, (), tuple(ours), max(memory_limit - kv_bytes, 0), needed, raised=True)
+    free = memory_limit - kv_bytes
+    by_size = sorted(ours, key=lambda name: -ours[name])
+    window = _window(by_size, ours, free, read_ahead)
+    resident: set[str] = set()
+    for name in by_size:
+        others = [other for other in by_size if other not in resident and other != name]
+        held = sum(ours[kept] for kept in resident) + ours[name]
+        if others and held + sum(ours[other] for other in others[:window]) <= free:
+            resident.add(name)
+    kept = tuple(name for name in ours if name in resident)
+    streamed = tuple(name for name in ours if name not in resident)
+    return Placement(gpu, kept, streamed, free - sum(ours[name] for name in kept), memory_limit)
+
+
+def _window(by_size: list[str], sizes: Mapping[str, int], free: int, read_ahead: int) -> int:
+    """How many graphs are to be open at once while they are streamed: the largest of them must fit."""
+    count = min(1 + read_ahead, len(by_size))
+    while count > 1 and sum(sizes[name] for name in by_size[:count]) > free:
+        count -= 1
+    return count
