@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from glmexport.affine import Affine
 from glmexport.bundle import Bundle, open_bundle
@@ -21,13 +22,12 @@ from glmexport.form import GRAPH, RAW, RAW_DTYPES, SHARED, EmbeddingForm, Quanti
 from glmexport.generation import Generation
 from glmexport.generation import generate as generate_with
 from glmexport.interface import DEFAULT_OPSET
-from glmexport.passes import Pass
-from glmexport.passes.quantize_weights import QuantizePass
-from glmexport.passes.raw_embedding import EmbedPass
-from glmexport.passes.slim_vocab import SlimPass
 from glmexport.recipe import DEFAULT_GROUP_SIZE, DEFAULT_METHOD, FORMATS, uniform_recipe
 from glmexport.sampling import Sampling
 from glmexport.session import Session
+
+if TYPE_CHECKING:
+    from glmexport.passes import Pass
 
 __all__ = ["Session", "generate", "split"]
 
@@ -97,6 +97,11 @@ def _passes(
     slim: bool, embedding: str, quantize: str | None, group_size: int | str, num_blocks: int
 ) -> tuple[Pass, ...]:
     """The passes that `split` is asked for, in their order (see `glmexport.passes`)."""
+    # here: what runs a bundle needs none of them
+    from glmexport.passes.quantize_weights import QuantizePass
+    from glmexport.passes.raw_embedding import EmbedPass
+    from glmexport.passes.slim_vocab import SlimPass
+
     words = {row.word: dtype for dtype, row in RAW_DTYPES.items()}
     if embedding not in (GRAPH, SHARED, *words) or quantize not in (None, *_BITS):
         raise RecipeError(
