@@ -4,6 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 EXAMPLE := examples/chatglm-6b-tiny
+TINY   := examples/tiny-chatglm
 CHECKPOINT ?= $(EXAMPLE)
 OUT    ?= out/pipeline
 JOBS   ?= 2
@@ -43,14 +44,18 @@ pipeline: $(STAMP)  ## split and verify CHECKPOINT=… into OUT=… (default: th
 	$(BIN)/glmexport quantize $(OUT)-bf16 -o $(OUT)-int4 --bits 4 --force
 	$(BIN)/glmexport verify $(OUT)-int4 $(CHECKPOINT) --json $(OUT)-int4.json
 
-demo: $(STAMP)  ## the main job on the example: split, quantize to int4, then the verification reports
-	$(BIN)/glmexport split $(EXAMPLE) -o out/demo --force
-	$(BIN)/glmexport split $(EXAMPLE) -o out/demo-int4 --slim --embedding bf16 --quantize int4 --force
-	$(BIN)/glmexport inspect out/demo-int4
-	$(BIN)/glmexport verify out/demo-int4 $(EXAMPLE)
-	$(BIN)/glmexport verify out/demo $(EXAMPLE)
+demo: $(STAMP)  ## the example that answers: export, verify, slim, bf16, int8, int4, a table of how each answers, and a chat
+	$(BIN)/glmexport split $(TINY) -o out/demo/float32 --force
+	$(BIN)/glmexport verify out/demo/float32 $(TINY)
+	$(BIN)/glmexport slim out/demo/float32 -o out/demo/slim --force
+	$(BIN)/glmexport embed out/demo/slim -o out/demo/bf16 --force
+	$(BIN)/glmexport quantize out/demo/bf16 -o out/demo/int8 --bits 8 --force
+	$(BIN)/glmexport quantize out/demo/bf16 -o out/demo/int4 --bits 4 --force
+	$(BIN)/glmexport verify out/demo/int4 $(TINY)
+	$(BIN)/glmexport eval $(addprefix out/demo/,float32 slim bf16 int8 int4) $(TINY)-heldout.jsonl
+	printf '你好\n12+34=\nReverse: apple\n' | $(BIN)/glmexport chat out/demo/int4 --greedy
 
-picture: $(STAMP)  ## draw the pictures in the README, docs/verify.svg and docs/quantize.png, from real runs
+picture: $(STAMP)  ## draw the pictures in the README, docs/*.svg and docs/quantize.png, from real runs
 	$(BIN)/python docs/picture.py docs
 
 clean:     ## remove what was built, but for .venv

@@ -72,9 +72,10 @@ def _print(rows: Sequence[tuple[Session, Score]], examples: Sequence[Example], w
     listing = output.table("bundle", "form", *columns, right=columns)
     for session, score in rows:
         exact = f"{score.exact}/{score.count} {score.exact_share:.1%}"
-        numbers = ["" if value is None else f"{value:.4g}" for value in (score.perplexity, score.divergence)]
+        perplexity = "" if score.perplexity is None else f"{score.perplexity:.5g}"
+        divergence = "" if score.divergence is None else f"{score.divergence:.1e}"
         size = size_in_words(_bytes(session))
-        listing.add_row(escape(session.bundle.directory.name), form_in_words(session.bundle), size, exact, *numbers)
+        listing.add_row(escape(session.bundle.directory.name), form_in_words(session.bundle), size, exact, perplexity, divergence)
     console.print(listing)
     for session, score in rows if wrong else ():
         misses = [
