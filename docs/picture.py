@@ -64,6 +64,8 @@ def draw(path: Path, width: int, commands: list[str], lines: list[str]) -> None:
     svg = console.export_svg(title="glmexport")
     # the default style fetches a web font; the reader's own monospace font does as well
     svg = re.sub(r"@font-face \{.*?\}", "", svg, flags=re.DOTALL).replace("Fira Code", "ui-monospace, Menlo, Consolas")
+    # rich gives a Chinese character the width of a Latin one; without a width it takes its own
+    svg = re.sub(r' textLength="[\d.]+"(?=[^>]*>[^<]*[\u3000-\uffff])', "", svg)
     path.write_text("\n".join(line.rstrip() for line in svg.splitlines()) + "\n", encoding="utf-8")
 
 

@@ -21,9 +21,8 @@ def main(float_bundle: str, int4_bundle: str, questions: str) -> None:
         exact = evaluate(ours, examples, batch=BATCH)
         rounded = evaluate(theirs, examples, batch=BATCH, baseline=ours)
     print(f"float: {exact.exact}/{exact.count} exact, perplexity {exact.perplexity:.4f}")
-    print(
-        f"int4:  {rounded.exact}/{rounded.count} exact, perplexity {rounded.perplexity:.4f}, KL {rounded.divergence:.5f}"
-    )
+    numbers = f"perplexity {rounded.perplexity:.4f}, KL {rounded.divergence:.5f}"
+    print(f"int4:  {rounded.exact}/{rounded.count} exact, {numbers}")
     different = [
         f"  {example.prompt!r}: {one!r}, int4 {other!r}"
         for example, one, other in zip(examples, exact.answers, rounded.answers, strict=True)

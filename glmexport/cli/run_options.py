@@ -20,6 +20,13 @@ if TYPE_CHECKING:
 
 Function = Callable[..., Any]
 
+_ENDED = {
+    "end": "ended by the end token",
+    "length": "cut at the most tokens it may have",
+    "stop": "ended by a stop text",
+    None: "stopped by Ctrl-C",
+}
+
 _SESSION = (
     click.option("--threads", type=click.IntRange(1), metavar="N", help="Threads of each graph."),
     click.option(
@@ -134,7 +141,7 @@ def stats_in_words(generation: Generation) -> str:
     return (
         f"prefill {stats.prefill_tokens} tokens, {stats.prefill_speed:.1f}/s; {decode}; KV cache "
         f"{size_in_words(stats.kv_bytes)}, graphs {size_in_words(stats.held_bytes)}, process "
-        f"{size_in_words(peak_memory())} at most; ended by {generation.finish_reason or 'Ctrl-C'}"
+        f"{size_in_words(peak_memory())} at most; {_ENDED[generation.finish_reason]}"
     )
 
 
