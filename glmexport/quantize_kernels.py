@@ -30,6 +30,7 @@ import numba
 import numpy as np
 
 from glmexport.affine import METHODS, Affine, Bytes, Doubles, Floats, Quantized, pack
+from glmexport.compiled import compiled
 from glmexport.errors import GlmExportError
 
 LANES = 32  # a power of two; 128 bytes of a tile's row, so a group of 128 stays in the first cache
@@ -101,10 +102,7 @@ def _flat(matrix: Floats) -> tuple[Floats, _Pair]:
 @functools.cache
 def _kernel() -> Callable[..., int]:
     """`_quantize_rows`, compiled for its one signature, or read from the cache of an earlier process."""
-    try:
-        return numba.njit([_SIGNATURE], cache=True, nogil=True, error_model="numpy")(_quantize_rows)
-    except (RuntimeError, OSError):  # no cache directory, the package's nor the user's, takes files
-        return numba.njit([_SIGNATURE], nogil=True, error_model="numpy")(_quantize_rows)
+    return compiled(_quantize_rows, _SIGNATURE)
 
 
 # What is known of each lane of a tile: rows of `lane` float32 [9, LANES] and `total` float64 [6, LANES], as passing

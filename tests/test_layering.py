@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 LAYERS = (
-    ("errors", "names", "chat"),
+    ("errors", "names", "chat", "compiled"),
     (
         *("config", "direct_file", "export_ops", "hub", "onnx_files", "tools", "untrusted", "vocabulary"),
         *(
@@ -63,7 +63,7 @@ PATCHES_MAY = ("config", "errors", "export_ops", "interface", "names", "onnx_fil
 WITHOUT_TORCH = (
     *("errors", "names", "config", "interface", "prompt", "vocabulary", "tokenizer", "recipe", "form"),
     *("onnx_files", "graph_lint", "tensors", "bundle", "bundle_writer", "stored", "draft", "draft_writer", "derive"),
-    *("affine", "quantize_kernels", "quantized", "quantized_rows", "raw_rows", "embedding_rows", "session"),
+    *("affine", "compiled", "quantize_kernels", "quantized", "quantized_rows", "raw_rows", "embedding_rows", "session"),
     *("passes", "passes.slim_vocab", "passes.raw_embedding", "passes.quantize_weights", "passes.choose_bits"),
     *("bundle_tokenizer", "placement", "graph_pool", "sampling", "generation", "chat", "conversation", "evaluation"),
     *("api", "cli.generate", "cli.chat", "cli.evaluate", "cli.tokenize"),

@@ -75,7 +75,9 @@ def _print(rows: Sequence[tuple[Session, Score]], examples: Sequence[Example], w
         perplexity = "" if score.perplexity is None else f"{score.perplexity:.5g}"
         divergence = "" if score.divergence is None else f"{score.divergence:.1e}"
         size = size_in_words(_bytes(session))
-        listing.add_row(escape(session.bundle.directory.name), form_in_words(session.bundle), size, exact, perplexity, divergence)
+        listing.add_row(
+            escape(session.bundle.directory.name), form_in_words(session.bundle), size, exact, perplexity, divergence
+        )
     console.print(listing)
     for session, score in rows if wrong else ():
         misses = [

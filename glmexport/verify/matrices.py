@@ -8,22 +8,33 @@ no method of ours is worse than that.
 from __future__ import annotations
 
 import math
+import os
+from collections import deque
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
 import torch
 
-from glmexport.affine import Affine
+from glmexport.affine import Doubles, Floats
+from glmexport.compiled import compiled
 from glmexport.quantized_rows import QuantizedRows
 
 BAND_BYTES = 1 << 18
 SLACK = 1.001
 """Float32 sums of a group taken in another order."""
 
-SMALLEST = 2.0**-100
+_SMALLEST = np.float32(2.0**-100)
 """A group whose largest magnitude is below this becomes zeros: its scale would leave the normal float32 numbers."""
+
+_THREADS = os.cpu_count() or 1
+_SIGNATURE = """float64[::1](
+    Array(float32, 2, "C", readonly=True), Array(float32, 2, "C", readonly=True), int64,
+    Tuple((boolean, boolean, int64, int64))
+)"""
 
 RECORDED = 1e-4
 """How far (absolute) the manifest's error and cosine may be from those found: they are sums over other orders."""
@@ -41,24 +52,33 @@ class Finding:
 
 def check_matrix(stored: QuantizedRows, rows: Callable[[int, int], torch.Tensor]) -> Finding:
     """Compare a stored matrix with the checkpoint's float32 rows `rows(start, stop)` [stop - start, in]."""
-    band = max(BAND_BYTES // (4 * stored.inputs), 1)
-    bad = groups = 0
-    squared_error = squared_weights = squared_stored = dot = 0.0
-    for start in range(0, stored.outputs, band):
-        stop = min(start + band, stored.outputs)
-        weights = rows(start, stop)
-        found = torch.from_numpy(stored.rows(np.arange(start, stop)))
-        error = weights - found
-        squared_error += _dot(error, error)
-        squared_weights += _dot(weights, weights)
-        squared_stored += _dot(found, found)
-        dot += _dot(weights, found)
-        ours, plain = _per_group(stored.affine, weights, error), _plain_rounding(stored.affine, weights)
-        bad += int((~(ours <= plain * SLACK)).sum())  # so that NaN is bad
-        groups += ours.numel()
+    affine, width = stored.affine, stored.inputs
+    group = width if affine.per_channel else affine.block_size(width)
+    kind = (affine.symmetric, affine.method == "hqq", affine.middle, affine.levels)
+    band = max(BAND_BYTES // (4 * width), 1)
+
+    def compare(start: int, weights: Floats) -> Doubles:
+        found = stored.rows(np.arange(start, start + len(weights)))
+        return _kernel()(weights, np.ascontiguousarray(found), group, kind)
+
+    # rows are read here, in their order, and compared beside that; few wait at a time
+    with ThreadPoolExecutor(_THREADS) as pool:
+        waiting: deque[Future[Doubles]] = deque()
+        sums = np.zeros(5)
+        for start in range(0, stored.outputs, band):
+            weights = rows(start, min(start + band, stored.outputs)).contiguous().numpy()
+            waiting.append(pool.submit(compare, start, weights))
+            if len(waiting) > 2 * _THREADS:
+                sums += waiting.popleft().result()
+        sums += sum(future.result() for future in waiting)
+    bad, squared_error, squared_weights, squared_stored, dot = sums.tolist()
+    groups = stored.outputs * -(-width // group)
     norm = math.sqrt(squared_weights * squared_stored)
     return Finding(
-        bad, groups, math.sqrt(squared_error / squared_weights) if squared_weights else 0.0, dot / norm if norm else 1.0
+        int(bad),
+        groups,
+        math.sqrt(squared_error / squared_weights) if squared_weights else 0.0,
+        dot / norm if norm else 1.0,
     )
 
 
@@ -72,46 +92,55 @@ def record_complaints(record: dict[str, Any], finding: Finding) -> list[str]:
     ]
 
 
-def _dot(one: torch.Tensor, other: torch.Tensor) -> float:
-    return float((one.double() * other.double()).sum())
-
-
 def _close(stated: Any, found: float) -> bool:
     return isinstance(stated, float | int) and abs(stated - found) <= RECORDED
 
 
-def _grouped(affine: Affine, weights: torch.Tensor) -> torch.Tensor:
-    """[rows, in] -> [rows, groups, group], the last group filled up with zeros."""
+@cache
+def _kernel() -> Callable[..., Doubles]:
+    return compiled(_compare, _SIGNATURE)
+
+
+def _compare(weights: Floats, stored: Floats, group: int, kind: tuple[bool, bool, int, int]) -> Doubles:
+    """Float64 [5]: groups worse than plain rounding, and the sums of error², weights², stored², weights * stored.
+
+    weights, stored: float32 [rows, in]. kind: symmetric; whether absolute errors count (hqq minimizes these, the other
+    methods squared ones); the middle code; how many codes there are. The scale of plain rounding is computed in
+    float32, as it would be stored.
+    """
+    symmetric, absolute, middle, levels = kind
+    result = np.zeros(5)
     rows, width = weights.shape
-    group = width if affine.per_channel else affine.block_size(width)
-    padded = torch.nn.functional.pad(weights, (0, -width % group))
-    return padded.reshape(rows, -1, group)
-
-
-def _per_group(affine: Affine, weights: torch.Tensor, error: torch.Tensor) -> torch.Tensor:
-    return _norm(affine, _grouped(affine, error))
-
-
-def _norm(affine: Affine, error: torch.Tensor) -> torch.Tensor:
-    """Of [rows, groups, group]: what the method promises not to exceed. hqq minimizes absolute, the others squared."""
-    return (error.abs() if affine.method == "hqq" else error.square()).sum(-1)
-
-
-def _plain_rounding(affine: Affine, weights: torch.Tensor) -> torch.Tensor:
-    """The error of plain rounding to nearest in each group, [rows, groups]."""
-    grouped = _grouped(affine, weights)
-    lowest, highest = grouped.amin(-1, keepdim=True).clamp(max=0), grouped.amax(-1, keepdim=True).clamp(min=0)
-    largest = torch.maximum(highest, -lowest)
-    if affine.symmetric and affine.method == "hqq":  # it sets out from the code that has no opposite
-        scale = torch.where(highest == largest, -largest, largest) / affine.middle
-    elif affine.symmetric:
-        scale = largest / (affine.middle - 1)
-    else:
-        scale = (highest - lowest) / (affine.levels - 1)
-    scale = torch.where(largest >= SMALLEST, scale, torch.ones_like(scale))
-    if affine.symmetric:
-        zero, low, high = torch.zeros_like(scale), -affine.middle, affine.middle - 1
-    else:
-        zero, low, high = (-lowest / scale).round(), 0, affine.levels - 1
-    codes = (grouped / scale + zero).round().clamp(low, high)
-    return _norm(affine, grouped - (codes - zero) * scale)
+    for row in range(rows):
+        for start in range(0, width, group):
+            stop = min(start + group, width)
+            lowest, highest = np.float32(0), np.float32(0)
+            for i in range(start, stop):
+                lowest, highest = min(lowest, weights[row, i]), max(highest, weights[row, i])
+            largest = max(highest, -lowest)
+            if symmetric and absolute:  # it sets out from the code that has no opposite
+                scale = (-largest if highest == largest else largest) / np.float32(middle)
+            elif symmetric:
+                scale = largest / np.float32(middle - 1)
+            else:
+                scale = (highest - lowest) / np.float32(levels - 1)
+            if not largest >= _SMALLEST:
+                scale = np.float32(1)
+            zero, low, high = np.float32(0), np.float32(-middle), np.float32(middle - 1)
+            if not symmetric:
+                zero, low, high = np.rint(-lowest / scale), np.float32(0), np.float32(levels - 1)
+            ours, plain = 0.0, 0.0
+            for i in range(start, stop):
+                weight, found = weights[row, i], stored[row, i]
+                error = np.float64(np.float32(weight - found))
+                code = min(max(np.rint(np.float32(weight / scale) + zero), low), high)
+                rounded = np.float64(np.float32(weight - np.float32(np.float32(code - zero) * scale)))
+                ours += abs(error) if absolute else error * error
+                plain += abs(rounded) if absolute else rounded * rounded
+                result[1] += error * error
+                result[2] += np.float64(weight) * np.float64(weight)
+                result[3] += np.float64(found) * np.float64(found)
+                result[4] += np.float64(weight) * np.float64(found)
+            if not ours <= plain * SLACK:  # so that NaN is bad
+                result[0] += 1
+    return result
