@@ -23,7 +23,7 @@ from glmexport.affine import Doubles, Floats
 from glmexport.compiled import compiled
 from glmexport.quantized_rows import QuantizedRows
 
-BAND_BYTES = 1 << 18
+BAND_BYTES = 1 << 22
 SLACK = 1.001
 """Float32 sums of a group taken in another order."""
 
