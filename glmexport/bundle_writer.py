@@ -11,7 +11,7 @@ import os
 import queue
 import shutil
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -19,9 +19,10 @@ from types import TracebackType
 from typing import Any
 
 from glmexport import names
-from glmexport.bundle import FileRecord, LinkedFile
+from glmexport.bundle import FileRecord, LinkedFile, sha256_of
 from glmexport.direct_file import DirectFile
 from glmexport.errors import BundleError
+from glmexport.journal import JOURNAL, Finished, Journal
 
 _NO_LINKS = (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP, errno.ENOSYS)
 _COPY_BYTES = 8 << 20
@@ -30,20 +31,33 @@ _COPY_BYTES = 8 << 20
 class BundleWriter:
     """Builds a bundle in a hidden directory beside `output`; `commit` makes it appear complete, or it never does.
 
-    Use it as a context manager: leaving it without `commit`, for whatever reason, removes what was written. A run
-    killed outright leaves `.<name>.partial`, which is cleared by the next run.
+    Use it as a context manager: leaving it without `commit`, for whatever reason, removes what was written. Two things
+    leave `.<name>.partial`, which the next run clears or, with `resume`, goes on with: a run that is killed outright;
+    and Ctrl-C, where `identity` was given and a graph is finished.
     """
 
-    def __init__(self, output: Path, *, force: bool = False, copy: bool = False) -> None:
-        """copy: what `link` is given, always.
+    def __init__(
+        self,
+        output: Path,
+        *,
+        force: bool = False,
+        copy: bool = False,
+        identity: Mapping[str, Any] | None = None,
+        resume: bool = False,
+    ) -> None:
+        """copy: what `link` is given, always. identity: all that the bytes follow from, for a run to be resumed.
 
-        Raises BundleError where `output` exists and may not be replaced, or another run is writing to it.
+        Raises BundleError where `output` exists and may not be replaced, another run is writing to it, or what is to
+        be resumed was begun with another identity.
         """
         self.output = Path(os.path.abspath(output))  # noqa: PTH100 - resolve() would follow a link at the output itself
         check_output(self.output, force=force)
         self.files: dict[str, FileRecord] = {}
         self._force, self._copy = force, copy
-        self._partial = self.output.with_name(f".{self.output.name}.partial")
+        self._partial = _partial_of(self.output)
+        self._journal = None if identity is None else Journal(self._partial, identity)
+        self._resume = resume
+        self.resumed = self.kept = False
         self._lock: int | None = None
         self._committed = False
         self._made: list[Path] = []
@@ -63,20 +77,58 @@ class BundleWriter:
                 raise BundleError(
                     f"Another run is writing to {self.output}; wait for it or choose another output."
                 ) from error
-            _empty(self._partial)
+            try:
+                self._take_up()
+            except BundleError:
+                os.close(self._lock)
+                raise
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._syncer.shutdown(cancel_futures=True)
-        if not self._committed:  # afterwards a directory of that name is another run's
+        self.kept = kind is KeyboardInterrupt and self._journal is not None and bool(self._journal.finished)
+        if not self._committed and not self.kept:  # afterwards a directory of that name is another run's
             _remove(self._partial)
             with suppress(OSError):  # a parent may hold something else by now
                 for parent in self._made:
                     parent.rmdir()
         if self._lock is not None:
             os.close(self._lock)
+
+    def finished(self, graph: str) -> dict[str, Any] | None:
+        """The manifest's entry of a graph that an earlier run finished, if its files still have their hashes."""
+        done = self._journal.finished.get(graph) if self._journal and self.resumed else None
+        if done is None:
+            return None
+        with _sentences(self.output):
+            if any(sha256_of(self._partial / name) != record.sha256 for name, record in done.files.items()):
+                for name in done.files:
+                    (self._partial / name).unlink()
+                return None
+        self.files.update(done.files)
+        return done.entry
+
+    def finish(self, graph: str, files: Iterable[str], entry: dict[str, Any]) -> None:
+        """Note that a graph is finished, once its files are synced."""
+        if self._journal is not None:
+            done = Finished({name: self.files[name] for name in files}, entry)
+            self._syncs.append(self._syncer.submit(self._journal.add, graph, done))
+
+    def _take_up(self) -> None:
+        """Clear what an earlier run left, but for what it finished, if that is to be gone on with."""
+        self.resumed = self._resume and self._journal is not None and self._journal.resume()
+        keep: set[str] = set()
+        if self._journal is not None and self.resumed:
+            for graph, done in list(self._journal.finished.items()):
+                if all(_has_size(self._partial / name, record.bytes) for name, record in done.files.items()):
+                    keep |= done.files.keys()
+                else:
+                    del self._journal.finished[graph]
+        _empty(self._partial, keep)
+        if self._journal is not None:
+            self._journal.rewrite()
 
     @contextmanager
     def create(self, name: str) -> Iterator[HashingFile]:
@@ -126,6 +178,8 @@ class BundleWriter:
                 file.write("\n")
                 file.flush()
                 os.fsync(file.fileno())
+            if self._journal is not None:
+                self._journal.remove()
             _sync_directory(self._partial)
             check_output(self.output, force=self._force)  # again: hours may have passed
             replaced = self.output.with_name(f".{self.output.name}.replaced")
@@ -142,6 +196,15 @@ class BundleWriter:
             _sync_directory(self.output.parent)
             _remove(replaced)
         return self.output
+
+
+def unfinished(output: Path) -> bool:
+    """Whether an earlier run to `output` left something to go on with."""
+    return (_partial_of(output) / JOURNAL).is_file()
+
+
+def _partial_of(output: Path) -> Path:
+    return output.with_name(f".{output.name}.partial")
 
 
 def _linked(source: Path, target: Path) -> bool:
@@ -261,11 +324,16 @@ def _sentences(output: Path) -> Iterator[None]:
         raise BundleError(f"{output} could not be written: {reason}; nothing was left there.") from error
 
 
-def _empty(directory: Path) -> None:
+def _has_size(path: Path, size: int) -> bool:
+    return path.is_file() and not path.is_symlink() and path.stat().st_size == size
+
+
+def _empty(directory: Path, keep: Collection[str] = ()) -> None:
     """Remove what an earlier run left, the manifest first: a directory that lost other files must not look complete."""
     (directory / names.MANIFEST).unlink(missing_ok=True)
     for stale in directory.iterdir():
-        stale.unlink()
+        if stale.name not in keep:
+            stale.unlink()
 
 
 def _remove(directory: Path) -> None:

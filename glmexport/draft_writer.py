@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,30 +21,66 @@ from glmexport.tensors import Tensor
 Advance = Callable[[str, int], None]
 
 
+@dataclass(frozen=True)
+class Resumable:
+    """What it takes to go on with a bundle after a run that was killed.
+
+    identity: all that its bytes follow from, as plain JSON values. resume: whether to go on with an earlier run;
+    begun is then told whether there was one. check: called before the bundle is put in its place, raises where what it
+    was made from is no longer what it was.
+    """
+
+    identity: Mapping[str, Any]
+    resume: bool
+    begun: Callable[[bool], None]
+    check: Callable[[], None]
+
+
 def ignore_advance(what: str, count: int) -> None:
     """Drop a progress report."""
 
 
 def write_bundle(
-    draft: BundleDraft, output: Path, *, force: bool = False, copy: bool = False, advance: Advance = ignore_advance
+    draft: BundleDraft,
+    output: Path,
+    *,
+    force: bool = False,
+    copy: bool = False,
+    resumable: Resumable | None = None,
+    advance: Advance = ignore_advance,
 ) -> Path:
     """Write the bundle and return its path.
 
-    copy: unchanged files of another bundle instead of linking them. advance: takes (graph or file, bytes written) as
-    weights are written. Raises BundleError where the output may not be written or the disk is too small (before
-    starting), ExportError where a graph is not what it must be, and whatever the tensors raise while they are read. No
-    error leaves anything behind.
+    copy: unchanged files of another bundle instead of linking them. resumable: what a later run needs to go on, None
+    where none can. advance: takes (graph or file, bytes written) as weights are written.
+    Raises BundleError where the output may not be written, the disk is too small (before starting), or what is to be
+    resumed is another bundle; ExportError where a graph is not what it must be, and whatever the tensors raise while
+    they are read. No error leaves anything behind.
     """
-    check_disk(output, sum(draft.sizes().values()) if copy else new_bytes(draft))
-    with BundleWriter(output, force=force, copy=copy) as writer:
+    if resumable is None or not resumable.resume:
+        check_disk(output, sum(draft.sizes().values()) if copy else new_bytes(draft))
+    identity = None if resumable is None else resumable.identity
+    with BundleWriter(
+        output, force=force, copy=copy, identity=identity, resume=resumable is not None and resumable.resume
+    ) as writer:
+        if resumable is not None and resumable.resume:
+            resumable.begun(writer.resumed)
         entries = []
         for graph in draft.graphs:
             advance(graph.name, 0)
-            entries.append(_write_graph(writer, draft, graph, advance))
+            entry = writer.finished(graph.name)
+            if entry is None:
+                entry = _write_graph(writer, draft, graph, advance)
+                writer.finish(graph.name, (names.data_file(graph.name), names.graph_file(graph.name)), entry)
+            else:
+                advance(graph.name, graph.data_bytes)
+            entries.append(entry)
         for name, content in draft.files.items():
             advance(name, 0)
             _write_file(writer, name, content, advance)
         advance(names.MANIFEST, 0)
+        if resumable is not None:
+            resumable.check()
         return writer.commit(draft.manifest(entries))
 
 

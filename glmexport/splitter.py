@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from glmexport.bundle_writer import check_output
 from glmexport.checkpoint import Checkpoint, heads_equal
 from glmexport.checkpoint_draft import draft_of_checkpoint
 from glmexport.draft import BundleDraft, Notice, ignore_notice
-from glmexport.draft_writer import Advance, check_disk, ignore_advance, new_bytes, write_bundle
+from glmexport.draft_writer import Advance, Resumable, check_disk, ignore_advance, new_bytes, write_bundle
 from glmexport.equivalence import check_patch
 from glmexport.errors import BundleError, CheckpointError, ExportError
 from glmexport.interface import ARGMAX_MODES, DEFAULT_OPSET, OPSETS
@@ -66,20 +68,23 @@ def split(
     options: SplitOptions | None = None,
     *,
     force: bool = False,
+    resume: bool = False,
     notice: Notice = ignore_notice,
     advance: Advance = ignore_advance,
 ) -> BundleDraft:
     """Write the bundle of `checkpoint` to `output` and return what was written.
 
+    resume: go on where a run that was killed or stopped by Ctrl-C has left off; graphs that it finished are taken over.
     notice: takes sentences for the user. advance: takes (graph, bytes written) as weights are written.
-    Raises BundleError where the output may not be written or the disk is too small (before starting), CheckpointError
-    for weights that cannot be read, ExportError where a graph is not what it must be, and what the passes raise. No
-    error leaves anything behind.
+    Raises BundleError where the output may not be written, the disk is too small (before starting), or the run to be
+    resumed was to make something else; CheckpointError for weights that cannot be read or change meanwhile; ExportError
+    where a graph is not what it must be; and what the passes raise. No error leaves anything behind.
     """
     options = options or SplitOptions()
     check_output(output, force=force)
     check_apart(checkpoint.directory, output)
-    check_disk(output, new_bytes(_draft(checkpoint, options, tied=True, notice=ignore_notice)))
+    if not resume:
+        check_disk(output, new_bytes(_draft(checkpoint, options, tied=True, notice=ignore_notice)))
     for warning in checkpoint.warnings:
         notice(warning)
     advance("check patches", 0)
@@ -91,8 +96,28 @@ def split(
             f"while the original's from_pretrained silently replaces it by the embedding."
         )
     draft = _draft(checkpoint, options, tied, notice)
-    write_bundle(draft, output, force=force, advance=advance)
+    files = checkpoint.weights.state()
+
+    def begun(found: bool) -> None:
+        if not found:
+            notice(f"There is no unfinished run of {output} to go on with; it is begun anew.")
+
+    def check() -> None:
+        changed = [name for name, state in checkpoint.weights.state().items() if files.get(name) != state]
+        if changed:
+            raise CheckpointError(f"{changed[0]} changed while it was read; split again when nothing writes to it.")
+
+    resumable = Resumable({**_identity(draft), "checkpoint": files}, resume, begun, check)
+    write_bundle(draft, output, force=force, resumable=resumable, advance=advance)
     return draft
+
+
+def _identity(draft: BundleDraft) -> dict[str, Any]:
+    """What the bytes of a bundle follow from, beside the weights: its manifest, and its small files by hash."""
+    small = {
+        name: hashlib.sha256(content).hexdigest() for name, content in draft.files.items() if isinstance(content, bytes)
+    }
+    return {"bundle": {**draft.manifest([]), "graphs": [graph.name for graph in draft.graphs]}, "files": small}
 
 
 def _draft(checkpoint: Checkpoint, options: SplitOptions, tied: bool, notice: Notice) -> BundleDraft:

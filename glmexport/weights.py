@@ -83,6 +83,18 @@ class Weights:
         """Every weight file."""
         return tuple(self._readers)
 
+    def state(self) -> dict[str, list[int]]:
+        """Size in bytes and time of the last change (ns) of every weight file, by name; to tell whether they changed.
+
+        Raises CheckpointError where one is gone.
+        """
+        found = {}
+        for path in self._readers:
+            with reading(path):
+                status = path.stat()
+            found[path.name] = [status.st_size, status.st_mtime_ns]
+        return found
+
     @property
     def total_bytes(self) -> int:
         """Bytes of all tensors together; tensors that share storage count once each."""

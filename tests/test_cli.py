@@ -409,7 +409,7 @@ def test_inspect_reads_no_tensor(glmexport, golden_checkpoint, monkeypatch):
 INTERRUPTED = """
 import os, signal, sys
 from glmexport.bundle_writer import HashingFile
-write, left = HashingFile.write, 9
+write, left = HashingFile.write, 2
 def interrupting(self, data):
     global left
     write(self, data)
@@ -422,7 +422,7 @@ run()
 """
 
 
-def test_ctrl_c_ends_with_130_and_leaves_nothing(small_checkpoint, tmp_path):
+def test_ctrl_c_before_a_graph_is_finished_ends_with_130_and_leaves_nothing(small_checkpoint, tmp_path):
     arguments = ["split", str(small_checkpoint), "-o", str(tmp_path / "bundle"), "--opset", "14"]
     done = subprocess.run([sys.executable, "-c", INTERRUPTED, *arguments], capture_output=True, text=True, check=False)
     assert done.returncode == 130

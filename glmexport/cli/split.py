@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import shlex
 import shutil
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +65,7 @@ class SplitCommand(click.Command):
 @click.option("--quantize", metavar="int8|int4", help="Quantize the blocks' matrices, as `glmexport quantize` does.")
 @quantize_options
 @click.option("--force", is_flag=True, help="Replace an existing bundle, or an empty directory.")
+@click.option("--resume", is_flag=True, help="Go on where a run that was stopped or killed has left off.")
 @click.option("--dry-run", is_flag=True, help="Print files, bytes, memory and disk needed; read no tensor.")
 @click.option("--verify", "check", is_flag=True, help="Verify the bundle against the reference when it is written.")
 @output.quiet_option
@@ -72,6 +76,7 @@ def command(
     opset: int,
     argmax: str,
     force: bool,
+    resume: bool,
     dry_run: bool,
     check: bool,
     quiet: bool,
@@ -85,6 +90,9 @@ def command(
 
     With the options of the passes the checkpoint goes straight to its final form, byte for byte what split, slim,
     embed and quantize make one after the other, without float32 files in between.
+
+    A run that is killed or stopped by Ctrl-C keeps what it finished beside BUNDLE's place; the same command with
+    --resume goes on from there and ends in the same bytes.
 
     \b
     Examples:
@@ -110,9 +118,10 @@ def command(
         if dry_run:
             _print_plan(dict(plan.files), plan.disk, plan.peak_memory, bundle)
             return
-        with output.progress(quiet, plan.disk, "of the bundle") as advance:
+        notice = output.notifier(quiet)
+        with _resumable(bundle), output.progress(quiet, plan.disk, "of the bundle") as advance:
             written_draft = split(
-                source, bundle, split_options, force=force, notice=output.notifier(quiet), advance=advance
+                source, bundle, split_options, force=force, resume=resume, notice=notice, advance=advance
             )
         written = open_bundle(bundle)
         total = sum(record.bytes for record in written.files.values())
@@ -126,6 +135,22 @@ def command(
 
             if not run_verify(written, source, quiet=quiet):
                 sys.exit(1)
+
+
+@contextmanager
+def _resumable(bundle: Path) -> Iterator[None]:
+    """Say, where Ctrl-C leaves something to go on with, how."""
+    from glmexport.bundle_writer import unfinished
+
+    try:
+        yield
+    except KeyboardInterrupt:
+        if unfinished(bundle.absolute()):
+            words = [word for word in sys.argv[1:] if word != "--resume"]
+            click.echo(
+                f"\nThe finished graphs are kept; go on with: {shlex.join(['glmexport', *words, '--resume'])}", err=True
+            )
+        raise
 
 
 def _print_plan(files: dict[str, int], disk: int, memory: int, bundle: Path) -> None:
