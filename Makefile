@@ -9,7 +9,7 @@ CHECKPOINT ?= $(EXAMPLE)
 OUT    ?= out/pipeline
 JOBS   ?= 2
 
-.PHONY: help setup test lint types unit slow pipeline demo picture clean
+.PHONY: help setup test lint types unit slow pipeline demo bench picture clean
 
 help:      ## this list
 	@grep -E '^[a-z]+: .*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## */  \1\t/' | expand -t 14
@@ -54,6 +54,9 @@ demo: $(STAMP)  ## the example that answers: export, verify, slim, bf16, int8, i
 	$(BIN)/glmexport verify out/demo/int4 $(TINY)
 	$(BIN)/glmexport eval $(addprefix out/demo/,float32 slim bf16 int8 int4) $(TINY)-heldout.jsonl
 	printf '你好\n12+34=\nReverse: apple\n' | $(BIN)/glmexport chat out/demo/int4 --greedy
+
+bench: $(STAMP)  ## times, memory and floors of the commands: BENCH="CHECKPOINT --work DIR [--only split-int4-rtn,load-int4]"
+	$(BIN)/python benchmarks/run.py $(BENCH)
 
 picture: $(STAMP)  ## draw the pictures in the README, docs/*.svg and docs/quantize.png, from real runs
 	$(BIN)/python docs/picture.py docs

@@ -83,12 +83,13 @@ def read_history(path: Path) -> list[Round]:
     try:
         if path.stat().st_size > MAX_FILE_BYTES:
             raise GlmExportError(f"{path} has more than {MAX_FILE_BYTES} bytes; it is no saved chat.")
-        document = json.loads(path.read_text("utf-8"))
+        document = json.loads(path.read_text("utf-8-sig"))
         rounds = [(entry["query"], entry["answer"]) for entry in document]
+        json.dumps(rounds, ensure_ascii=False).encode()  # a lone surrogate is no text
     except OSError as error:
         raise GlmExportError(f"{path} cannot be read ({error.strerror}); give a saved chat.") from error
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise GlmExportError(f"{path} is no saved chat; expected what /save writes.") from error
-    if not all(isinstance(text, str) for entry in rounds for text in entry):
+    if not isinstance(document, list) or not all(isinstance(text, str) for entry in rounds for text in entry):
         raise GlmExportError(f"{path} is no saved chat; expected what /save writes.")
     return rounds

@@ -70,7 +70,7 @@ def read_examples(path: Path) -> list[Example]:
     try:
         if path.stat().st_size > MAX_FILE_BYTES:
             raise GlmExportError(f"{path} has more than {MAX_FILE_BYTES} bytes; give it in parts.")
-        lines = path.read_text("utf-8").splitlines()
+        lines = path.read_text("utf-8-sig").split("\n")  # no other character ends a line of JSON
     except OSError as error:
         raise GlmExportError(f"{path} cannot be read ({error.strerror}); give a file of JSON lines.") from error
     except UnicodeDecodeError as error:
@@ -112,51 +112,58 @@ def evaluate(
     log = np.concatenate(logs) if logs else None
     return Score(
         count=len(work),
-        exact=sum(item.answer.strip() == item.example.answer.strip() for item in work),
+        exact=sum(item.is_exact for item in work),
         tokens=sum(len(item.answer_ids) for item in work),
-        perplexity=None if log is None else math.exp(-log.mean()),
+        perplexity=None if log is None else _exp(-log.mean()),
         divergence=float(np.concatenate(divergences).mean()) if divergences else None,
         answers=tuple(item.answer for item in work),
     )
 
 
 class _Work:
-    """An example in ids. row: the prompt's. answer_ids: the expected answer's and the end token."""
+    """An example in ids. row: the prompt's. answer_ids: the expected answer's and the end token.
+
+    limit: tokens that are generated at most; an exact answer has fewer. answer: what was generated; ended: whether it
+    came to its end.
+    """
 
     def __init__(self, session: Session, example: Example) -> None:
-        self.example, self.answer = example, ""
-        self.row = session.tokenizer.prompt_ids(example.prompt)
-        self.answer_ids = [*session.tokenizer.encode(example.answer), session.config.special_ids.eos]
+        self.example, self.answer, self.ended = example, "", False
         try:
+            self.row = session.tokenizer.prompt_ids(example.prompt)
+            self.answer_ids = [*session.tokenizer.encode(example.answer), session.config.special_ids.eos]
             check_length(session, len(self.row) + len(self.answer_ids) - 1)
         except GlmExportError as error:
             raise GlmExportError(f"Line {example.line}, prompt and answer together: {error}") from error
+        self.limit = min(check_length(session, len(self.row)), 2 * len(self.answer_ids) + 8)
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether the answer is the expected one, but for white space around it."""
+        return self.ended and self.answer.strip() == self.example.answer.strip()
 
 
 def _answer(session: Session, rows: list[_Work]) -> None:
     """Generate greedily until every row has ended, or is longer than any exact answer would be."""
     ids = session.config.special_ids
-    room = session.config.max_positions - max(len(item.row) for item in rows)
-    limit = min(room, 2 * max(len(item.answer_ids) for item in rows) + 8)
     decoder = Decoder(session, [item.row for item in rows])
     samplers = [Sampler(Sampling(greedy=True), item.row, ids.forced) for item in rows]
     found: list[list[int]] = [[] for _ in rows]
-    ended = [False] * len(rows)
     outputs = decoder.prefill()
-    for step in range(limit):
+    while True:
         if names.LOGITS in outputs:
             tokens = [sampler.choose(logits) for sampler, logits in zip(samplers, outputs[names.LOGITS], strict=True)]
         else:
             tokens = outputs[names.TOKEN_ID].tolist()
-        for i, token in enumerate(tokens):
-            ended[i] = ended[i] or token == ids.eos
-            if not ended[i]:
-                found[i].append(token)
-        if all(ended) or step == limit - 1:
+        for item, answer, token in zip(rows, found, tokens, strict=True):
+            if not item.ended and len(answer) < item.limit:
+                answer.append(token)
+                item.ended = token == ids.eos
+        if all(item.ended or len(answer) == item.limit for item, answer in zip(rows, found, strict=True)):
             break
         outputs = decoder.step(tokens)
     for item, answer in zip(rows, found, strict=True):
-        item.answer = session.tokenizer.decode(answer)
+        item.answer = session.tokenizer.decode(answer[:-1] if item.ended else answer)
 
 
 def _probabilities(
@@ -191,10 +198,17 @@ def _hidden_at_answers(session: Session, whole: list[list[int]], rows: list[_Wor
 def _divergence(theirs: Array, ours: Array) -> Array:
     """Kullback-Leibler divergence in nats of each row: from the baseline's log-probabilities to ours, [n, vocab]."""
     probabilities = np.exp(theirs)
-    # a probability of 0 adds nothing, whatever its logarithm
-    terms = np.where(probabilities > 0, probabilities * (theirs - np.where(probabilities > 0, ours, 0)), 0)
+    with np.errstate(invalid="ignore"):  # a probability of 0 adds nothing, whatever its logarithm
+        terms = np.where(probabilities == 0, 0, probabilities * (theirs - ours))
     result: Array = terms.sum(axis=-1)
     return result
+
+
+def _exp(value: float) -> float:
+    try:
+        return math.exp(value)
+    except OverflowError:
+        return math.inf
 
 
 class _Translation:

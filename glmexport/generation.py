@@ -112,7 +112,7 @@ class Generation:
     def _generate(self, stop: StopTexts) -> Iterator[str]:
         stream = self._session.tokenizer.stream() if self._session.has_tokenizer else None
         for token in self._tokens():
-            piece = stop.push(stream.push(token)) if stream else ""
+            piece = stop.push(stream.push(token)) if stream and self.finish_reason != END else ""
             if piece:
                 self._text += piece
                 yield piece
@@ -169,7 +169,7 @@ class Generation:
 
 @dataclass
 class StopTexts:
-    """Cuts a text that comes in pieces before the first of some stop texts.
+    """Cuts a text that comes in pieces before the first of some stop texts to be complete.
 
     Held back is what may be the beginning of one. found: whether one came; nothing is given out after it.
     """
@@ -183,10 +183,10 @@ class StopTexts:
         if self.found:
             return ""
         self._held += text
-        starts = [start for stop in self.stop if (start := self._held.find(stop)) >= 0]
-        if starts:
+        ends = [(start + len(stop), start) for stop in self.stop if (start := self._held.find(stop)) >= 0]
+        if ends:
             self.found = True
-            ready, self._held = self._held[: min(starts)], ""
+            ready, self._held = self._held[: min(ends)[1]], ""
             return ready
         longest = max((_overlap(self._held, stop) for stop in self.stop), default=0)
         ready, self._held = self._held[: len(self._held) - longest], self._held[len(self._held) - longest :]
@@ -223,6 +223,7 @@ def generate(
     """
     if max_tokens is not None and max_tokens < 1:
         raise GlmExportError(f"At least one token must be asked for, found {max_tokens}.")
+    stop = (stop,) if isinstance(stop, str) else stop
     if not all(stop):
         raise GlmExportError("A stop text is empty, which every answer holds; leave it out.")
     if stop and not session.has_tokenizer:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from itertools import islice
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from glmexport import names
@@ -65,7 +67,7 @@ class GraphPool:
             self._begin(name)
         try:
             return self._open[graph].result()
-        except BundleError:
+        except Exception:
             del self._open[graph]
             raise
 
@@ -136,8 +138,9 @@ class GraphPool:
             options.add_session_config_entry("session.disable_prepacking", "1")
         if self._threads is not None:
             options.intra_op_num_threads = self._threads
+        providers = self._providers_of(graph)
         try:
-            return onnxruntime.InferenceSession(str(path), options, providers=self._providers_of(graph))
+            return onnxruntime.InferenceSession(str(path), options, providers=providers)
         except Exception as error:  # onnxruntime's own errors share no public base class
             raise BundleError(f"{path.name} could not be loaded: {str(error).splitlines()[0]}") from error
 
@@ -150,12 +153,12 @@ class GraphPool:
         available = onnxruntime.get_available_providers()
         wanted = self._providers or (CPU_PROVIDER,)
         if self._gpu_memory is not None and not self._providers:
-            wanted = tuple(name for name in available if name not in _NO_GPU) or ("a GPU's",)
+            wanted = tuple(name for name in available if name not in _NO_GPU) or ("of a GPU",)
         missing = [name for name in wanted if name not in available]
         if missing:  # onnxruntime itself would warn and go on without
             raise BundleError(
-                f"onnxruntime here has no execution provider {missing[0]}, only {', '.join(available)}; install the "
-                "build of onnxruntime that has it, or choose another."
+                f"onnxruntime here has no execution provider {missing[0]}, only {', '.join(available)}; install a "
+                "build of onnxruntime that has one, or choose another."
             )
         return [*wanted, *([] if CPU_PROVIDER in wanted else [CPU_PROVIDER])]
 
@@ -165,10 +168,10 @@ def graph_sizes(bundle: Bundle) -> Mapping[str, int]:
     return {entry["name"]: sum(bundle.files[entry[key]].bytes for key in ("file", "data")) for entry in bundle.graphs}
 
 
-def _read_ahead(path: os.PathLike[str]) -> None:
+def _read_ahead(path: Path) -> None:
     """Ask the system to read a file into its cache, without waiting for it; where it cannot be asked, do nothing."""
     if not hasattr(os, "posix_fadvise"):
         return
-    with open(path, "rb", buffering=0) as file:  # noqa: PTH123  (a descriptor is all that is needed)
+    with suppress(OSError), path.open("rb", buffering=0) as file:  # who opens it says what is wrong with it
         for offset in range(0, os.fstat(file.fileno()).st_size, _ADVICE_BYTES):
             os.posix_fadvise(file.fileno(), offset, _ADVICE_BYTES, os.POSIX_FADV_WILLNEED)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from statistics import median_low
 
 from glmexport import names
 from glmexport.config import ModelConfig
@@ -97,8 +98,9 @@ def place(
     """Place every graph.
 
     Graphs take turns, each once a token, so the best that memory can do is to keep some for good: the largest that
-    leave room for streaming the others. A limit below what the largest graph and the KV cache need is raised to that;
-    nothing is kept then, so that only the graphs that need it take more than was asked for.
+    leave room for streaming the others, for the largest of them and for reading ahead among those of the usual size. A
+    limit below what the largest graph and the KV cache need is raised to that; nothing is kept then, so that only the
+    graphs that need it take more than was asked for.
 
     sizes: bytes of every graph, in the order of the data. gpu: those that are not in the computer's memory.
     read_ahead: graphs to be opened beyond the one that runs, where they fit.
@@ -111,22 +113,14 @@ def place(
     if needed > memory_limit:
         return Placement(gpu, (), tuple(ours), max(memory_limit - kv_bytes, 0), needed, raised=True)
     free = memory_limit - kv_bytes
-    by_size = sorted(ours, key=lambda name: -ours[name])
-    window = _window(by_size, ours, free, read_ahead)
+    typical = median_low(ours.values())
+    window = typical * min(1 + read_ahead, free // max(typical, 1))
     resident: set[str] = set()
-    for name in by_size:
-        others = [other for other in by_size if other not in resident and other != name]
+    for name in sorted(ours, key=lambda name: -ours[name]):
+        others = [size for other, size in ours.items() if other not in resident and other != name]
         held = sum(ours[kept] for kept in resident) + ours[name]
-        if others and held + sum(ours[other] for other in others[:window]) <= free:
+        if others and held + max(max(others), min(window, sum(others))) <= free:
             resident.add(name)
     kept = tuple(name for name in ours if name in resident)
     streamed = tuple(name for name in ours if name not in resident)
     return Placement(gpu, kept, streamed, free - sum(ours[name] for name in kept), memory_limit)
-
-
-def _window(by_size: list[str], sizes: Mapping[str, int], free: int, read_ahead: int) -> int:
-    """How many graphs are to be open at once while they are streamed: the largest of them must fit."""
-    count = min(1 + read_ahead, len(by_size))
-    while count > 1 and sum(sizes[name] for name in by_size[:count]) > free:
-        count -= 1
-    return count

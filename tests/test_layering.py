@@ -32,15 +32,15 @@ LAYERS = (
     ("bundle", "checkpoint", "equivalence", "quantized", "raw_rows", "stamping", "verify.matrices"),
     (
         "bundle_tokenizer",
-        "bundle_writer",
         "graph_pool",
         "inventory",
+        "journal",
         "quantize_report",
         "stored",
         "verify.forms",
         "verify.reference",
     ),
-    ("draft", "embedding_rows", "verify.stored_weights"),
+    ("bundle_writer", "doctor", "draft", "embedding_rows", "verify.stored_weights"),
     ("checkpoint_draft", "draft_writer", "passes", "session", "passes.raw_embedding", "passes.slim_vocab"),
     ("derive", "generation", "lifting", "splitter", "verify.structure"),
     ("conversation", "evaluation", "passes.quantize_weights"),
@@ -49,7 +49,7 @@ LAYERS = (
     ("verify",),
     ("cli.interrupt",),
     ("cli.output",),
-    ("cli.derived", "cli.pass_options", "cli.run_options", "cli.inspect", "cli.patches"),
+    ("cli.derived", "cli.doctor", "cli.pass_options", "cli.run_options", "cli.inspect", "cli.patches"),
     ("cli.chat", "cli.embed", "cli.evaluate", "cli.generate", "cli.quantize", "cli.slim", "cli.tokenize", "cli.verify"),
     ("cli.split",),
     ("cli.main",),
@@ -66,7 +66,7 @@ WITHOUT_TORCH = (
     *("affine", "compiled", "quantize_kernels", "quantized", "quantized_rows", "raw_rows", "embedding_rows", "session"),
     *("passes", "passes.slim_vocab", "passes.raw_embedding", "passes.quantize_weights", "passes.choose_bits"),
     *("bundle_tokenizer", "placement", "graph_pool", "sampling", "generation", "chat", "conversation", "evaluation"),
-    *("api", "cli.generate", "cli.chat", "cli.evaluate", "cli.tokenize"),
+    *("api", "doctor", "cli.generate", "cli.chat", "cli.doctor", "cli.evaluate", "cli.tokenize"),
 )
 FILES = sorted([*ROOT.glob("glmexport/**/*.py"), *ROOT.glob("patches/*.py")])
 

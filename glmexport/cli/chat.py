@@ -90,11 +90,12 @@ def _read_line() -> str:
     """The next line, shown where it came from a pipe. Raises EOFError at the end."""
     if sys.stdin.isatty():
         return input(PROMPT).strip()
-    line = sys.stdin.readline()
-    if not line:
+    data = sys.stdin.buffer.readline()
+    if not data:
         raise EOFError
-    click.echo(f"{PROMPT}{line.strip()}")
-    return line.strip()
+    line = run_options.utf8(data).strip()
+    click.echo(f"{PROMPT}{line}")
+    return line
 
 
 def _answer(chat: Conversation, query: str) -> None:

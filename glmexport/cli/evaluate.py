@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -94,7 +95,10 @@ def _as_json(session: Session, score: Score) -> dict[str, Any]:
     from glmexport.inventory import form_in_words
 
     facts = {"bundle": str(session.bundle.directory), "form": form_in_words(session.bundle), "bytes": _bytes(session)}
-    return {**facts, **dataclasses.asdict(score), "exact_share": score.exact_share}
+    numbers = dataclasses.asdict(score)
+    for key in ("perplexity", "divergence"):  # JSON has no infinity
+        numbers[key] = numbers[key] if numbers[key] is not None and math.isfinite(numbers[key]) else None
+    return {**facts, **numbers, "exact_share": score.exact_share}
 
 
 def _bytes(session: Session) -> int:

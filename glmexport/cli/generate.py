@@ -82,4 +82,4 @@ def _prompt(prompt: str | None, input_ids: str | None) -> str | list[int]:
         raise GlmExportError("Give either a prompt or --input-ids.")
     if input_ids is not None:
         return run_options.parse_ids(input_ids)
-    return sys.stdin.read() if prompt == "-" else str(prompt)
+    return run_options.utf8(sys.stdin.buffer.read()) if prompt == "-" else str(prompt)

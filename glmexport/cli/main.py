@@ -25,6 +25,7 @@ COMMANDS = {
     "eval": ("glmexport.cli.evaluate", "Exact answers and perplexity of bundles over a file of examples."),
     "tokenize": ("glmexport.cli.tokenize", "Text to a bundle's ids, and back."),
     "inspect": ("glmexport.cli.inspect", "Show what a bundle or checkpoint holds."),
+    "doctor": ("glmexport.cli.doctor", "Show which forms of the model this computer can run, and how fast."),
     "patches": ("glmexport.cli.patches", "List supported architectures and their transforms."),
 }
 """Command -> (module with a click command named `command`, one line of help)."""
@@ -63,7 +64,7 @@ def cli() -> None:
       glmexport verify bundle/ chatglm-6b/
       glmexport split chatglm-6b/ -o int4/ --slim --embedding bf16 --quantize int4
 
-    Exit status: 0 done, 1 a verification failed, 2 bad input (one sentence says what), 130 stopped by Ctrl-C.
+    Exit status: 0 done, 1 a verification or check failed, 2 bad input (one sentence says what), 130 stopped by Ctrl-C.
     """
 
 

@@ -78,6 +78,14 @@ def parse_ids(text: str) -> list[int]:
     return [int(word) for word in words]
 
 
+def utf8(data: bytes) -> str:
+    """The text of what came from a pipe, whatever the terminal's own encoding is. Raises GlmExportError."""
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise GlmExportError(f"The input {data[:20]!r} is not UTF-8 text; convert it.") from error
+
+
 def sampling_of(options: Mapping[str, Any]) -> Sampling:
     """How tokens are chosen. Raises GlmExportError for values that are none."""
     from glmexport.sampling import Sampling
@@ -90,13 +98,15 @@ def open_session(bundle: Path, options: Mapping[str, Any], *, quiet: bool) -> Se
     """The session that the options ask for; nothing is loaded. Raises GlmExportError."""
     from glmexport.session import Session
 
-    limit, gpu = (options[key] and parse_size(options[key]) for key in ("memory_limit", "gpu_memory"))
+    limit, gpu = (
+        None if text is None else parse_size(text) for text in (options["memory_limit"], options["gpu_memory"])
+    )
     providers = tuple(name.strip() for name in (options["providers"] or "").split(",") if name.strip())
     session = Session(bundle, threads=options["threads"], memory_limit=limit, providers=providers, gpu_memory=gpu)
     placement, notify = session.placement, output.notifier(quiet)
     if placement.raised and placement.limit is not None:
         notify(
-            f"The memory limit of {size_in_words(limit)} is raised to {size_in_words(placement.limit)}, which the "
+            f"The memory limit of {size_in_words(limit or 0)} is raised to {size_in_words(placement.limit)}, which the "
             "largest graph needs."
         )
     if gpu is not None and not placement.gpu:

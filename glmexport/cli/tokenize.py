@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 @click.option("--decode", is_flag=True, help="The other way: ids to text.")
 @click.option("--jsonl", is_flag=True, help="A JSON string (--decode: list of ids) a line from stdin, and JSON out.")
 @click.option("--pieces", is_flag=True, help="Print a table of the ids and their pieces.")
+@output.quiet_option
 def command(
     target: str,
     text: str | None,
@@ -37,6 +38,7 @@ def command(
     decode: bool,
     jsonl: bool,
     pieces: bool,
+    quiet: bool,
 ) -> None:
     """Print the ids of TEXT in the numbering of TARGET: a bundle, a checkpoint directory or a hub id.
 
@@ -48,14 +50,10 @@ def command(
       glmexport tokenize bundle/ --jsonl < texts.jsonl > ids.jsonl
     """
     if (text is None) != jsonl:
-        raise GlmExportError(
-            "Give a text" + ", or --jsonl and lines on stdin, not both."
-            if jsonl
-            else "Give a text, or --jsonl and lines on stdin."
-        )
+        raise GlmExportError("Give either a text, or --jsonl and lines on stdin.")
     if (decode and (prompt or special)) or (pieces and (decode or jsonl)):
         raise GlmExportError("--prompt, --special and --pieces are for one way only; leave out --decode or --jsonl.")
-    tokenizer = open_tokenizer(target, revision)
+    tokenizer = open_tokenizer(target, revision, output.notifier(quiet))
 
     def encode(value: str) -> list[int]:
         return (tokenizer.prompt_ids if prompt else tokenizer.encode)(value, special=special)
@@ -73,7 +71,7 @@ def command(
         click.echo(json.dumps(encode(text or "")))
 
 
-def open_tokenizer(target: str, revision: str | None) -> Tokenizer:
+def open_tokenizer(target: str, revision: str | None, notice: Callable[[str], None]) -> Tokenizer:
     """The tokenizer of a bundle, a checkpoint directory or a hub id. Raises GlmExportError."""
     from glmexport import names
     from glmexport.bundle import looks_like_bundle, open_bundle
@@ -87,6 +85,8 @@ def open_tokenizer(target: str, revision: str | None) -> Tokenizer:
     from glmexport.checkpoint import open_checkpoint
 
     with open_checkpoint(target, revision, require_weights=False) as checkpoint:
+        for warning in checkpoint.warnings:
+            notice(warning)
         path = checkpoint.directory / names.TOKENIZER_MODEL
         return make_tokenizer(read_small_file(path, MODEL_LIMIT), checkpoint.config, Form(), origin=str(path))
 
