@@ -112,15 +112,19 @@ def place(
     needed = max(ours.values(), default=0) + kv_bytes
     if needed > memory_limit:
         return Placement(gpu, (), tuple(ours), max(memory_limit - kv_bytes, 0), needed, raised=True)
-    free = memory_limit - kv_bytes
+    free, order = memory_limit - kv_bytes, list(ours)
     typical = median_low(ours.values())
-    window = typical * min(1 + read_ahead, free // max(typical, 1))
+    count = min(1 + read_ahead, free // max(typical, 1))
     resident: set[str] = set()
-    for name in sorted(ours, key=lambda name: -ours[name]):
-        others = [size for other, size in ours.items() if other not in resident and other != name]
-        held = sum(ours[kept] for kept in resident) + ours[name]
-        if others and held + max(max(others), min(window, sum(others))) <= free:
-            resident.add(name)
+    while True:
+        for name in sorted(ours.keys() - resident, key=lambda name: (-ours[name], order.index(name))):
+            others = sorted(ours[other] for other in ours.keys() - resident - {name})
+            needed = max(others[-1], min(count * typical, sum(others[-count:]))) if others else free
+            if sum(ours[kept] for kept in resident) + ours[name] + needed <= free:
+                resident.add(name)
+                break  # with fewer to stream, a larger one may fit now
+        else:
+            break
     kept = tuple(name for name in ours if name in resident)
     streamed = tuple(name for name in ours if name not in resident)
     return Placement(gpu, kept, streamed, free - sum(ours[name] for name in kept), memory_limit)

@@ -189,7 +189,7 @@ def test_progress_counts_every_example_twice(session):
 
 
 def test_a_head_that_gives_the_token_alone_has_exact_answers_and_no_perplexity(session, shared, golden_checkpoint):
-    only = shared("argmax-only", lambda path: split_directory(golden_checkpoint, path, opset=17, argmax="only"))
+    only = shared("golden-argmax-only", lambda path: split_directory(golden_checkpoint, path, opset=17, argmax="only"))
     with Session(only, threads=1) as alone:
         found, expected = (evaluate(each, EXAMPLES[:3], batch=2) for each in (alone, session))
         assert (found.answers, found.exact) == (expected.answers, expected.exact)

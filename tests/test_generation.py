@@ -452,7 +452,7 @@ def test_a_head_that_is_not_finite_gives_the_forced_piece(tmp_path, wrong):
 
 @pytest.fixture(scope="module")
 def argmax_only(shared, golden_checkpoint):
-    return shared("argmax-only", lambda path: split_directory(golden_checkpoint, path, opset=17, argmax="only"))
+    return shared("golden-argmax-only", lambda path: split_directory(golden_checkpoint, path, opset=17, argmax="only"))
 
 
 def test_a_head_that_gives_the_token_alone_is_greedy(argmax_only, golden, short):
