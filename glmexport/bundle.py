@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,8 @@ MAX_COUNT = 1 << 62
 MAX_MANIFEST_BYTES = 16 << 20
 MAX_NAME = 200
 HASH_CHUNK = 1 << 22
+DIGEST = "digest"
+_DIGESTED = re.compile(rb'(.*),\n "digest": "([0-9a-f]{64})"\n}\n', re.DOTALL)
 
 DataT = TypeVar("DataT")
 
@@ -191,22 +194,49 @@ def _typed(kind: type[DataT], values: dict[str, Any]) -> DataT:
     return kind(**values)
 
 
+def manifest_text(document: Mapping[str, Any]) -> str:
+    """The text of `manifest.json`: the document, and last the SHA-256 of all that stands before it."""
+    rest = {key: value for key, value in document.items() if key != DIGEST}
+    head = json.dumps(rest, ensure_ascii=False, indent=1).removesuffix("\n}")
+    return f'{head},\n "{DIGEST}": "{hashlib.sha256(head.encode()).hexdigest()}"\n}}\n'
+
+
+def _is_whole_manifest(path: Path) -> bool:
+    """Whether every byte is as `manifest_text` wrote it. Raises OSError."""
+    match = _DIGESTED.fullmatch(path.read_bytes())
+    return match is not None and hashlib.sha256(match[1]).hexdigest().encode() == match[2]
+
+
 def check_files(bundle: Bundle) -> Iterator[tuple[str, str | None]]:
-    """Compare every file with the manifest; yields (name, complaint or None) as each is done, surplus files last."""
+    """Compare every file with the manifest; yields (name, complaint or None) as each is done, surplus files last.
+
+    The manifest is the first, held against the digest at its own end.
+    """
+    try:
+        whole = _is_whole_manifest(bundle.path(names.MANIFEST))
+        yield names.MANIFEST, None if whole else f"{names.MANIFEST} was changed: it does not have its own digest."
+    except OSError as error:
+        yield names.MANIFEST, f"{names.MANIFEST} could not be read: {error.strerror}."
     for name, record in bundle.files.items():
-        path = bundle.path(name)
-        if path.is_symlink() or not path.is_file():
-            yield name, f"{name} is {'a link' if path.is_symlink() else 'missing'}."
-        elif path.stat().st_size != record.bytes:
-            yield name, f"{name} has {path.stat().st_size} bytes, the manifest says {record.bytes}."
-        elif sha256_of(path) != record.sha256:
-            yield name, f"{name} was changed: its SHA-256 is not the manifest's."
-        else:
-            yield name, None
+        try:
+            yield name, _complaint(bundle.path(name), record)
+        except (OSError, BundleError) as error:
+            yield name, f"{name} could not be read: {error}"
     surplus = sorted(entry.name for entry in bundle.directory.iterdir())
     for name in surplus:
         if name not in bundle.files and name != names.MANIFEST:
             yield name, f"{name} is not in the manifest."
+
+
+def _complaint(path: Path, record: FileRecord) -> str | None:
+    """What is wrong with a file. Raises OSError and BundleError where it cannot be read."""
+    if path.is_symlink() or not path.is_file():
+        return f"{path.name} is {'a link' if path.is_symlink() else 'missing'}."
+    if path.stat().st_size != record.bytes:
+        return f"{path.name} has {path.stat().st_size} bytes, the manifest says {record.bytes}."
+    if sha256_of(path) != record.sha256:
+        return f"{path.name} was changed: its SHA-256 is not the manifest's."
+    return None
 
 
 def sha256_of(path: Path) -> str:

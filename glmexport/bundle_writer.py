@@ -19,7 +19,7 @@ from types import TracebackType
 from typing import Any
 
 from glmexport import names
-from glmexport.bundle import FileRecord, LinkedFile, sha256_of
+from glmexport.bundle import FileRecord, LinkedFile, manifest_text, sha256_of
 from glmexport.direct_file import DirectFile
 from glmexport.errors import BundleError
 from glmexport.journal import JOURNAL, Finished, Journal
@@ -174,8 +174,7 @@ class BundleWriter:
             for sync in self._syncs:
                 sync.result()
             with (self._partial / names.MANIFEST).open("w", encoding="utf-8") as file:
-                json.dump(document, file, ensure_ascii=False, indent=1)
-                file.write("\n")
+                file.write(manifest_text(document))
                 file.flush()
                 os.fsync(file.fileno())
             if self._journal is not None:

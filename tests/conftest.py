@@ -124,7 +124,14 @@ def record_again(bundle: Path, *names: str) -> None:
     for name in names:
         path = bundle / name
         manifest["files"][name] = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
-    (bundle / "manifest.json").write_text(json.dumps(manifest), "utf-8")
+    write_manifest(bundle, manifest)
+
+
+def write_manifest(bundle: Path, manifest: dict) -> None:
+    """Put another manifest into a bundle, with a digest that fits."""
+    from glmexport.bundle import manifest_text
+
+    (bundle / "manifest.json").write_text(manifest_text(manifest), "utf-8")
 
 
 def listing(directory: Path) -> dict[str, tuple[int, int, bytes]]:

@@ -281,7 +281,7 @@ def test_a_full_disk_at_the_manifest(small_bundle, tmp_path, monkeypatch):
     def full(*_args: object, **_options: object) -> None:
         raise OSError(errno.ENOSPC, "no space")
 
-    monkeypatch.setattr("glmexport.bundle_writer.json.dump", full)
+    monkeypatch.setattr("glmexport.bundle_writer.manifest_text", full)
     with pytest.raises(BundleError, match="the disk is full; nothing was left there"):
         write_copy(small_bundle, tmp_path / "bundle")
     assert everything(tmp_path) == []

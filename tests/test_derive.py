@@ -6,7 +6,6 @@ And the invariant of the passes: `split` with their options writes what split, s
 from __future__ import annotations
 
 import errno
-import json
 import os
 import shutil
 import subprocess
@@ -17,7 +16,7 @@ import onnx
 import pytest
 import torch
 from checkpoints import write_checkpoint
-from conftest import record_again, split_directory
+from conftest import record_again, split_directory, write_manifest
 from derived_bundles import (
     ODD,
     OPSET,
@@ -316,7 +315,7 @@ def test_the_bundle_inside_a_bundle_to_replace(bundle, tmp_path):
     inner = shutil.copytree(bundle, outer / "inner")
     manifest = manifest_of(outer)
     manifest["files"]["inner"] = {"bytes": 1, "sha256": "0"}
-    (outer / "manifest.json").write_text(json.dumps(manifest))
+    write_manifest(outer, manifest)
     with untouched(tmp_path):
         assert_one_sentence(glmexport("embed", inner, "-o", outer, "--force"), "lie in one another")
 
@@ -510,7 +509,7 @@ def test_a_bundle_of_an_unknown_architecture_is_not_lifted(bundle, tmp_path):
     copy = shutil.copytree(bundle, tmp_path / "copy")
     manifest = manifest_of(copy)
     manifest["architecture"] = "x"
-    (copy / "manifest.json").write_text(json.dumps(manifest))
+    write_manifest(copy, manifest)
     with pytest.raises(BundleError, match="architecture 'x' is not one this glmexport knows"):
         derived(copy, tmp_path / "out", quantize_pass(4, layout="qdq"))
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from checkpoints import write_checkpoint
-from conftest import record_again, split_directory
+from conftest import record_again, split_directory, write_manifest
 from derived_bundles import (
     IMAGES,
     OPSET,
@@ -349,7 +349,7 @@ def assert_linked_as_it_is(source: Path, output: Path, *, more: set[str]) -> Non
     for name in contents(source):
         assert name == "manifest.json" or inode(output, name) == inode(source, name), name
     ours, theirs = manifest_of(output), manifest_of(source)
-    assert {key for key in ours if ours[key] != theirs[key]} == {"history", *(["files"] if more else [])}
+    assert {key for key in ours if ours[key] != theirs[key]} == {"digest", "history", *(["files"] if more else [])}
     assert ours["vocabulary"] is None
     assert_intact(output)
 
@@ -440,7 +440,7 @@ def test_after_quantizing_to_qdq_it_is_refused(bundle, tmp_path):
     copy = shutil.copytree(bundle, tmp_path / "copy")
     manifest = manifest_of(copy)
     manifest["quantization"] = {"format": "qdq", "int8_activations": "int16", "int4_activations": "int8"}
-    (copy / "manifest.json").write_text(json.dumps(manifest))
+    write_manifest(copy, manifest)
     with untouched(tmp_path):
         result = glmexport("slim", copy, "-o", tmp_path / "slim")
         assert_one_sentence(result, "quantized in the qdq form", "slim first, then quantize")

@@ -14,7 +14,7 @@ import onnx
 import pytest
 import torch
 from checkpoints import write_checkpoint
-from conftest import record_again, split_directory
+from conftest import record_again, split_directory, write_manifest
 from hypothesis import given
 from hypothesis import strategies as st
 from onnx import TensorProto
@@ -567,7 +567,7 @@ def test_frequencies_are_compared_bit_for_bit(check, small_copy):
 def edit_manifest(bundle: Path, change: Callable[[dict], None]) -> None:
     manifest = json.loads((bundle / "manifest.json").read_text("utf-8"))
     change(manifest)
-    (bundle / "manifest.json").write_text(json.dumps(manifest), "utf-8")
+    write_manifest(bundle, manifest)
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import math
 import shutil
 from collections.abc import Callable
@@ -14,7 +13,7 @@ import onnx
 import pytest
 import torch
 from checkpoints import write_checkpoint
-from conftest import record_again, split_directory
+from conftest import record_again, split_directory, write_manifest
 from derived_bundles import (
     IMAGES,
     OPSET,
@@ -515,7 +514,7 @@ def group_errors(stored: Stored) -> np.ndarray:
 def edit_manifest(bundle: Path, edit: Callable[[dict], None]) -> None:
     manifest = manifest_of(bundle)
     edit(manifest)
-    (bundle / "manifest.json").write_text(json.dumps(manifest), "utf-8")
+    write_manifest(bundle, manifest)
 
 
 def record(key: str, value: object, graph: int = 2, name: str = FOUR_H) -> Callable[[dict], None]:

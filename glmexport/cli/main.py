@@ -85,7 +85,21 @@ def run() -> None:
         colour = False if os.environ.get("NO_COLOR") else None  # None: as the terminal can
         click.echo(f"{click.style('Error:', fg='red')} {error}", err=True, color=colour)
         sys.exit(2)
+    except MemoryError:
+        sys.exit(_out_of_memory())
+    except RuntimeError as error:  # torch has no class of its own for it
+        if "not enough memory" not in str(error) and "allocate memory" not in str(error):
+            raise
+        sys.exit(_out_of_memory())
     except BrokenPipeError:
         # whoever read our output has seen enough; keep Python from complaining about it at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+
+
+def _out_of_memory() -> int:
+    """Say so; returns the status."""
+    click.echo(
+        "Error: There is not enough memory; close other programs, or see what a command needs with --dry-run.", err=True
+    )
+    return 2

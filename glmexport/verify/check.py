@@ -86,7 +86,7 @@ def verify(
 def progress_total(bundle: Bundle, steps: int = DEFAULT_STEPS) -> int:
     """How often `verify` calls `advance`."""
     graphs, parts = len(bundle.graphs), bundle.config.num_blocks + 2  # an embedding may be a part and no graph
-    return len(bundle.files) + 2 * graphs + (steps + 2) * parts
+    return 1 + len(bundle.files) + 2 * graphs + (steps + 2) * parts
 
 
 def _lint(bundle: Bundle, advance: Advance) -> Iterator[Row]:
