@@ -13,7 +13,7 @@ import glmexport
 def main(checkpoint: str, bundle: str, question: str) -> None:
     """Write the bundle, replacing one that is there, and print the answer."""
     written = glmexport.split(checkpoint, bundle, slim=True, embedding="bf16", quantize="int4", force=True)
-    print(f"{bundle}: {len(written.graphs)} graphs, {sum(file.bytes for file in written.files.values()):,} bytes")
+    print(f"{bundle}: {len(written.graphs)} graphs, {written.total_bytes:,} bytes")
     with glmexport.Session(bundle) as session:
         print(glmexport.generate(session, question, greedy=True).text)
 

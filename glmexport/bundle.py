@@ -70,6 +70,18 @@ class Bundle:
         """What the LM head gives: `none` (logits), `also` or `only`."""
         return str(self.manifest["argmax"])
 
+    @property
+    def graph_sizes(self) -> dict[str, int]:
+        """Bytes of every graph with its data, in the order of the data."""
+        return {
+            entry["name"]: self.files[entry["file"]].bytes + self.files[entry["data"]].bytes for entry in self.graphs
+        }
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of all files but the manifest."""
+        return sum(record.bytes for record in self.files.values())
+
     def path(self, name: str) -> Path:
         """Path of one of the bundle's files."""
         return self.directory / name

@@ -45,7 +45,7 @@ def derive(
 
 def derive_total(bundle: Bundle) -> int:
     """About how many bytes `derive` reports."""
-    return 2 * sum(record.bytes for record in bundle.files.values())
+    return 2 * bundle.total_bytes
 
 
 def _demand_intact(bundle: Bundle, advance: Advance) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from itertools import islice
@@ -47,7 +47,7 @@ class GraphPool:
         self._bundle = bundle
         self._limit, self._threads, self._read_ahead = memory_limit, threads, read_ahead
         self._providers, self._gpu_memory = providers, gpu_memory
-        self.sizes = graph_sizes(bundle)
+        self.sizes = bundle.graph_sizes
         self._gpu = () if gpu_memory is None else graphs_for_gpu(self.sizes, bundle.config, gpu_memory)
         self._open: dict[str, Future[onnxruntime.InferenceSession]] = {}
         self._openers = ThreadPoolExecutor(OPENERS, "glmexport-open")
@@ -161,11 +161,6 @@ class GraphPool:
                 "build of onnxruntime that has one, or choose another."
             )
         return [*wanted, *([] if CPU_PROVIDER in wanted else [CPU_PROVIDER])]
-
-
-def graph_sizes(bundle: Bundle) -> Mapping[str, int]:
-    """Bytes of every graph with its data, in the order of the data."""
-    return {entry["name"]: sum(bundle.files[entry[key]].bytes for key in ("file", "data")) for entry in bundle.graphs}
 
 
 def _read_ahead(path: Path) -> None:

@@ -23,7 +23,7 @@ def bundle_inventory(directory: Path) -> dict[str, Any]:
         {
             "name": graph["name"],
             "parameters": int(graph["parameters"]),
-            "bytes": sum(bundle.files[graph[key]].bytes for key in ("file", "data")),
+            "bytes": bundle.graph_sizes[graph["name"]],
             "dtypes": str(graph["weights"]),
         }
         for graph in bundle.graphs

@@ -24,8 +24,8 @@ def quantize_report(before: Bundle | None, after: Bundle) -> dict[str, Any]:
         "bundle": str(after.directory),
         "format": quantization.format if quantization else None,
         "matrices": matrices,
-        "bytes": sum(record.bytes for record in after.files.values()),
-        "bytes_before": sum(record.bytes for record in before.files.values()) if before else None,
+        "bytes": after.total_bytes,
+        "bytes_before": before.total_bytes if before else None,
         "parts": part_sizes(after),
         "parts_before": part_sizes(before) if before else None,
     }

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from derived_bundles import assert_one_sentence, derived, glmexport, quantize_pass
 
-from glmexport import doctor
+from glmexport import doctor, machine
 from glmexport.bundle import open_bundle
 from glmexport.doctor import (
     CHATGLM_6B,
@@ -21,20 +21,16 @@ from glmexport.doctor import (
     STREAMS,
     TOO_LARGE,
     UNKNOWN,
-    Cpu,
     FormNeeds,
-    Memory,
     advise,
     bundle_needs,
     examine,
     form_needs,
     judge,
     memory_limit,
-    read_bandwidth,
-    read_cpu,
-    read_memory,
 )
 from glmexport.form import RAW, EmbeddingForm
+from glmexport.machine import Cpu, Memory, read_bandwidth, read_cpu, read_memory
 from glmexport.passes.raw_embedding import EmbedPass
 
 GB = 10**9
@@ -119,7 +115,7 @@ def test_macos_is_asked_by_sysctl(monkeypatch, machine, answers, features, produ
 
 
 def test_sysctl_that_is_not_there_says_nothing():
-    assert doctor._sysctl("no.such.value") is None
+    assert machine._sysctl("no.such.value") is None
 
 
 # Memory

@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 LAYERS = (
-    ("errors", "names", "chat", "compiled"),
+    ("errors", "names", "chat", "compiled", "machine"),
     (
         *("config", "direct_file", "export_ops", "hub", "onnx_files", "tools", "untrusted", "vocabulary"),
         *(
@@ -66,7 +66,7 @@ WITHOUT_TORCH = (
     *("affine", "compiled", "quantize_kernels", "quantized", "quantized_rows", "raw_rows", "embedding_rows", "session"),
     *("passes", "passes.slim_vocab", "passes.raw_embedding", "passes.quantize_weights", "passes.choose_bits"),
     *("bundle_tokenizer", "placement", "graph_pool", "sampling", "generation", "chat", "conversation", "evaluation"),
-    *("api", "doctor", "cli.generate", "cli.chat", "cli.doctor", "cli.evaluate", "cli.tokenize"),
+    *("api", "doctor", "machine", "cli.generate", "cli.chat", "cli.doctor", "cli.evaluate", "cli.tokenize"),
 )
 FILES = sorted([*ROOT.glob("glmexport/**/*.py"), *ROOT.glob("patches/*.py")])
 

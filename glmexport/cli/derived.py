@@ -81,4 +81,4 @@ def sizes(before: Path, after: Path) -> str:
 def _bytes(bundle: Path) -> int:
     from glmexport.bundle import open_bundle
 
-    return sum(record.bytes for record in open_bundle(bundle).files.values())
+    return open_bundle(bundle).total_bytes

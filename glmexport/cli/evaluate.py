@@ -75,7 +75,7 @@ def _print(rows: Sequence[tuple[Session, Score]], examples: Sequence[Example], w
         exact = f"{score.exact}/{score.count} {score.exact_share:.1%}"
         perplexity = "" if score.perplexity is None else f"{score.perplexity:.5g}"
         divergence = "" if score.divergence is None else f"{score.divergence:.1e}"
-        size = size_in_words(_bytes(session))
+        size = size_in_words(session.bundle.total_bytes)
         listing.add_row(
             escape(session.bundle.directory.name), form_in_words(session.bundle), size, exact, perplexity, divergence
         )
@@ -94,12 +94,12 @@ def _as_json(session: Session, score: Score) -> dict[str, Any]:
 
     from glmexport.inventory import form_in_words
 
-    facts = {"bundle": str(session.bundle.directory), "form": form_in_words(session.bundle), "bytes": _bytes(session)}
+    facts = {
+        "bundle": str(session.bundle.directory),
+        "form": form_in_words(session.bundle),
+        "bytes": session.bundle.total_bytes,
+    }
     numbers = dataclasses.asdict(score)
     for key in ("perplexity", "divergence"):  # JSON has no infinity
         numbers[key] = numbers[key] if numbers[key] is not None and math.isfinite(numbers[key]) else None
     return {**facts, **numbers, "exact_share": score.exact_share}
-
-
-def _bytes(session: Session) -> int:
-    return sum(record.bytes for record in session.bundle.files.values())

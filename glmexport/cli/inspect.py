@@ -56,7 +56,7 @@ def _check(directory: Path, quiet: bool) -> dict[str, Any]:
 
     bundle = open_bundle(directory)
     bad = []
-    with output.progress(quiet, sum(record.bytes for record in bundle.files.values()), "checked") as advance:
+    with output.progress(quiet, bundle.total_bytes, "checked") as advance:
         for name, complaint in check_files(bundle):
             advance(name, bundle.files[name].bytes if name in bundle.files else 0)
             if complaint is not None:

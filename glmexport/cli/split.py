@@ -124,12 +124,13 @@ def command(
                 source, bundle, split_options, force=force, resume=resume, notice=notice, advance=advance
             )
         written = open_bundle(bundle)
-        total = sum(record.bytes for record in written.files.values())
         if written.form.quantization is not None:
             show_report(quantize_report(None, written))
         if written.form.embedding.kind != GRAPH:
             click.echo(f"embedding: {embedding_in_words(written_draft)}")
-        click.echo(f"{bundle}: {len(written.graphs)} graphs, {len(written.files)} files, {size_in_words(total)}")
+        click.echo(
+            f"{bundle}: {len(written.graphs)} graphs, {len(written.files)} files, {size_in_words(written.total_bytes)}"
+        )
         if check:
             from glmexport.cli.verify import run_verify
 
