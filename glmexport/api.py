@@ -18,7 +18,7 @@ from glmexport.affine import Affine
 from glmexport.bundle import Bundle, open_bundle
 from glmexport.chat import Round, chat_prompt
 from glmexport.errors import GlmExportError, RecipeError
-from glmexport.form import GRAPH, RAW, RAW_DTYPES, SHARED, EmbeddingForm, QuantizationForm
+from glmexport.form import FLOAT32, GRAPH, RAW, RAW_DTYPES, SHARED, WEIGHTS, EmbeddingForm, QuantizationForm
 from glmexport.generation import Generation
 from glmexport.generation import generate as generate_with
 from glmexport.interface import DEFAULT_OPSET
@@ -45,6 +45,7 @@ def split(
     embedding: str = "graph",
     quantize: str | None = None,
     group_size: int | str = DEFAULT_GROUP_SIZE,
+    weights: str = FLOAT32,
     force: bool = False,
     notice: Callable[[str], None] = lambda sentence: None,
 ) -> Bundle:
@@ -52,7 +53,8 @@ def split(
 
     slim: drop the image-token rows. embedding: `graph`, `bf16`, `float16`, `float32` or `shared` (with the quantized
     head). quantize: None, `int8` or `int4`; the LM head gets 8 bits. group_size: weights that share a scale, or
-    `channel`. force: replace an existing bundle. notice: takes sentences for the user.
+    `channel`. weights: `float32`, or `float16` to halve what is not quantized, where that loses nothing. force: replace
+    an existing bundle. notice: takes sentences for the user.
     Raises GlmExportError; nothing is left behind then.
     """
     from glmexport.checkpoint import open_checkpoint
@@ -60,7 +62,7 @@ def split(
     from glmexport.splitter import split as split_checkpoint
 
     with open_checkpoint(checkpoint, revision) as source:
-        passes = _passes(slim, embedding, quantize, group_size, source.config.num_blocks)
+        passes = _passes(slim, embedding, quantize, group_size, weights, source.config.num_blocks)
         split_checkpoint(source, Path(output), SplitOptions(opset, passes=passes), force=force, notice=notice)
     return open_bundle(Path(output))
 
@@ -94,15 +96,18 @@ def generate(
 
 
 def _passes(
-    slim: bool, embedding: str, quantize: str | None, group_size: int | str, num_blocks: int
+    slim: bool, embedding: str, quantize: str | None, group_size: int | str, weights: str, num_blocks: int
 ) -> tuple[Pass, ...]:
     """The passes that `split` is asked for, in their order (see `glmexport.passes`)."""
     # here: what runs a bundle needs none of them
+    from glmexport.passes.half_weights import HalfWeightsPass
     from glmexport.passes.quantize_weights import QuantizePass
     from glmexport.passes.raw_embedding import EmbedPass
     from glmexport.passes.slim_vocab import SlimPass
 
     words = {row.word: dtype for dtype, row in RAW_DTYPES.items()}
+    if weights not in WEIGHTS:
+        raise RecipeError(f"weights is {weights!r:.40}, expected one of {', '.join(WEIGHTS)}.")
     if embedding not in (GRAPH, SHARED, *words) or quantize not in (None, *_BITS):
         raise RecipeError(
             f"embedding is {embedding!r:.40} and quantize {quantize!r:.40}, expected one of {GRAPH}, "
@@ -116,4 +121,6 @@ def _passes(
         passes.append(QuantizePass(uniform_recipe(affine, head, num_blocks), QuantizationForm(FORMATS[0])))
     if embedding == SHARED:
         passes.append(EmbedPass(EmbeddingForm(SHARED)))
+    if weights != FLOAT32:
+        passes.append(HalfWeightsPass())
     return tuple(passes)

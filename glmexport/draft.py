@@ -181,7 +181,7 @@ def graph_entry(draft: BundleDraft, graph: GraphDraft, model: onnx.ModelProto) -
         "data": names.data_file(graph.name),
         "inputs": [_plain(dataclasses.asdict(tensor)) for tensor in spec.inputs],
         "outputs": [_plain(dataclasses.asdict(tensor)) for tensor in spec.outputs],
-        "weights": _weights_in_words(matrices),
+        "weights": _weights_in_words(matrices, draft.form.weights),
         "operators": operator_inventory(model),
         "parameters": graph.parameters,
         "transposed": sorted(tensor.name for tensor in graph.tensors if getattr(tensor, "transposed", False)),
@@ -232,9 +232,9 @@ def _constant(record: Mapping[str, Any]) -> Record:
     return lambda: record
 
 
-def _weights_in_words(matrices: Mapping[str, Mapping[str, Any]]) -> str:
+def _weights_in_words(matrices: Mapping[str, Mapping[str, Any]], weights: str) -> str:
     kinds = sorted({f"int{record['bits']}" for record in matrices.values()})
-    return ", ".join([*kinds, "float32"])
+    return ", ".join(dict.fromkeys([*kinds, weights, "float32"]))
 
 
 def _size(content: bytes | Tensor | LinkedFile) -> int:

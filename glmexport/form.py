@@ -12,6 +12,10 @@ from glmexport.errors import GlmExportError
 from glmexport.recipe import FORMATS
 from glmexport.vocabulary import VocabularyMap
 
+FLOAT32, FLOAT16 = "float32", "float16"
+WEIGHTS = (FLOAT32, FLOAT16)
+"""How float32 matrices of the graphs are stored; float16 is cast in the graph, and holds the same numbers."""
+
 GRAPH, RAW, SHARED = "graph", "raw", "shared"
 EMBEDDING_KINDS = (GRAPH, RAW, SHARED)
 
@@ -88,11 +92,12 @@ class QuantizationForm:
 
 @dataclass(frozen=True)
 class Form:
-    """All of it; the default is what a plain split makes."""
+    """All of it; the default is what a plain split makes. weights: how matrices that are not quantized are stored."""
 
     slim: Slim | None = None
     embedding: EmbeddingForm = EmbeddingForm()
     quantization: QuantizationForm | None = None
+    weights: str = FLOAT32
 
     @property
     def embedding_file(self) -> str | None:
@@ -116,13 +121,20 @@ class Form:
             "vocabulary": vocabulary,
             "embedding": embedding,
             "quantization": dataclasses.asdict(self.quantization) if self.quantization else None,
+            "weights": self.weights,
         }
 
 
 def form_from_json(manifest: Mapping[str, Any]) -> Form:
     """The form that a manifest states. Raises ValueError, KeyError or TypeError for one that there is not."""
+    weights = manifest.get("weights", FLOAT32)  # bundles from before it could be anything else do not say
+    if weights not in WEIGHTS:
+        raise ValueError(f"weights is {weights!r:.80}, expected one of {', '.join(WEIGHTS)}")
     return Form(
-        _slim(manifest["vocabulary"]), _embedding(manifest["embedding"]), _quantization(manifest["quantization"])
+        _slim(manifest["vocabulary"]),
+        _embedding(manifest["embedding"]),
+        _quantization(manifest["quantization"]),
+        weights,
     )
 
 

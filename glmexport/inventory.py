@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from glmexport import names
 from glmexport.bundle import Bundle, open_bundle
 from glmexport.config import ModelConfig
-from glmexport.form import GRAPH, RAW
+from glmexport.form import FLOAT32, GRAPH, RAW
 
 if TYPE_CHECKING:
     from glmexport.checkpoint import Checkpoint
@@ -53,6 +53,8 @@ def form_in_words(bundle: Bundle) -> str:
     if form.quantization is not None:
         bits = {record["bits"] for entry in bundle.graphs for record in entry["matrices"].values()}
         words.append(f"{' and '.join(f'int{count}' for count in sorted(bits))} {form.quantization.format}")
+    if form.weights != FLOAT32:
+        words.append(f"{form.weights} weights")
     return ", ".join(words) or "float32"
 
 

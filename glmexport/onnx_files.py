@@ -189,16 +189,18 @@ def rows_of(array: Array) -> Callable[[int, int], Array]:
 
 
 def holds(directory: Path, tensor: ExternalTensor, shape: tuple[int, ...], rows: Callable[[int, int], Array]) -> bool:
-    """Whether an external tensor is float32 of `shape` and equals `rows(start, stop)` bit for bit, band by band.
+    """Whether an external tensor of `shape` equals `rows(start, stop)` bit for bit, band by band.
 
-    rows: gives float32 rows `start` to `stop` (exclusive). Raises BundleError where the file is too short.
+    It is float32, or float16 of the same numbers. rows: gives float32 rows `start` to `stop` (exclusive). Raises
+    BundleError where the file is too short.
     """
-    if tensor.shape != shape or tensor.dtype != "float32":
+    if tensor.shape != shape or tensor.dtype not in ("float32", "float16"):
         return False
     band = max(COMPARE_BYTES // max(tensor.length // shape[0], 1), 1)
     for start in range(0, shape[0], band):
         stop = min(start + band, shape[0])
         expected = np.ascontiguousarray(rows(start, stop))
-        if not np.array_equal(read_band(directory, tensor, start, stop).view(np.uint32), expected.view(np.uint32)):
+        found = read_band(directory, tensor, start, stop).astype(np.float32, copy=False)
+        if not np.array_equal(found.view(np.uint32), expected.view(np.uint32)):
             return False
     return True

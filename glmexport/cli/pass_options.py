@@ -12,6 +12,7 @@ from glmexport.affine import METHODS, Affine
 from glmexport.errors import RecipeError
 from glmexport.form import (
     ACTIVATIONS,
+    FLOAT16,
     GRAPH,
     NEAREST,
     RAW,
@@ -152,6 +153,10 @@ def passes_of_options(options: Mapping[str, Any], num_blocks: int) -> tuple[Pass
             raise RecipeError(f"--{useless[0]} says how to quantize; add --quantize int8 or int4, or leave it out.")
     if embedding == SHARED:
         passes.append(embed_pass(SHARED, options["rounding"]))
+    if options["weights"] == FLOAT16:
+        from glmexport.passes.half_weights import HalfWeightsPass
+
+        passes.append(HalfWeightsPass())
     return tuple(passes)
 
 

@@ -16,7 +16,7 @@ from glmexport.cli import output
 from glmexport.cli.derived import embedding_in_words
 from glmexport.cli.pass_options import EMBEDDINGS, passes_of_options, quantize_options, rounding_option, slim_options
 from glmexport.cli.quantize import show_report
-from glmexport.form import GRAPH, SHARED
+from glmexport.form import FLOAT32, GRAPH, SHARED, WEIGHTS
 from glmexport.interface import ARGMAX_MODES, DEFAULT_OPSET, OPSETS
 from glmexport.sizes import size_in_words
 
@@ -64,6 +64,13 @@ class SplitCommand(click.Command):
 @rounding_option
 @click.option("--quantize", metavar="int8|int4", help="Quantize the blocks' matrices, as `glmexport quantize` does.")
 @quantize_options
+@click.option(
+    "--weights",
+    type=click.Choice(WEIGHTS),
+    default=FLOAT32,
+    show_default=True,
+    help="How matrices that are not quantized are stored; float16 halves them and casts in the graph, without loss.",
+)
 @click.option("--force", is_flag=True, help="Replace an existing bundle, or an empty directory.")
 @click.option("--resume", is_flag=True, help="Go on where a run that was stopped or killed has left off.")
 @click.option("--dry-run", is_flag=True, help="Print files, bytes, memory and disk needed; read no tensor.")

@@ -4,6 +4,7 @@
 2. `raw_embedding` next, where the embedding becomes a raw file: it is independent of what follows.
 3. `quantize_weights` after that: rows of a qdq head cannot be selected any more.
 4. `raw_embedding` again, where the embedding becomes the LM head's rows: they are quantized rows, which must exist.
+5. `half_weights` last: it takes whatever is a float32 matrix still, and the others need float32 matrices.
 """
 
 from __future__ import annotations

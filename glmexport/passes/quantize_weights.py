@@ -11,7 +11,7 @@ import onnx
 from glmexport import names
 from glmexport.draft import BundleDraft, GraphDraft, Notice, as_matrix, is_matrix
 from glmexport.errors import BundleError, ExportError
-from glmexport.form import ACTIVATIONS, MIN_QDQ_OPSET, QuantizationForm
+from glmexport.form import ACTIVATIONS, FLOAT16, MIN_QDQ_OPSET, QuantizationForm
 from glmexport.passes.wide_activations import with_wide_activations
 from glmexport.quantized import QuantizedMatrix
 from glmexport.quantized_rows import CODES, SCALES, ZERO_POINTS, part_name
@@ -36,6 +36,11 @@ class QuantizePass:
             raise BundleError(
                 f"The bundle is quantized already ({draft.form.quantization.format}); quantize the float32 bundle it "
                 f"was made from instead: rounding twice only adds errors."
+            )
+        if draft.form.weights == FLOAT16:
+            raise BundleError(
+                "The bundle's weights are stored as float16, which is for bundles that stay as they are; quantize the "
+                "float32 bundle, or split with --quantize."
             )
         for number in self.recipe.unused((matrix.name, block_id) for block_id, matrix in matrices_of(draft)):
             notice(f"Rule {number} of the recipe decides about no matrix.")

@@ -8,7 +8,8 @@ from glmexport.checkpoint import Checkpoint, heads_equal
 from glmexport.checkpoint_draft import draft_of_checkpoint
 from glmexport.draft import BundleDraft, ignore_notice
 from glmexport.errors import BundleError
-from glmexport.form import RAW, SHARED, slimmed_config
+from glmexport.form import FLOAT16, RAW, SHARED, slimmed_config
+from glmexport.passes.half_weights import HalfWeightsPass
 from glmexport.passes.quantize_weights import QuantizePass
 from glmexport.passes.raw_embedding import EmbedPass
 from glmexport.passes.slim_vocab import slim_to, with_vocabulary_file
@@ -32,6 +33,8 @@ def expected_draft(bundle: Bundle, checkpoint: Checkpoint) -> BundleDraft:
         draft = QuantizePass(parse_recipe(_recipe(bundle), names.RECIPE), form.quantization).apply(draft, ignore_notice)
     if form.embedding.kind == SHARED:
         draft = EmbedPass(form.embedding).apply(draft, ignore_notice)
+    if form.weights == FLOAT16:
+        draft = HalfWeightsPass().apply(draft, ignore_notice)
     return draft
 
 
