@@ -114,7 +114,8 @@ def place(
         return Placement(gpu, (), tuple(ours), max(memory_limit - kv_bytes, 0), needed, raised=True)
     free, order = memory_limit - kv_bytes, list(ours)
     typical = median_low(ours.values())
-    count = min(1 + read_ahead, free // max(typical, 1))
+    small = sum(size for size in ours.values() if size < typical)  # kept before anything is read ahead
+    count = min(1 + read_ahead, max((free - small) // max(typical, 1), 1))
     resident: set[str] = set()
     while True:
         for name in sorted(ours.keys() - resident, key=lambda name: (-ours[name], order.index(name))):
