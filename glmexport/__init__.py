@@ -15,6 +15,10 @@ __version__ = "0.1.0"
 __all__ = ["Session", "__version__", "generate", "split"]
 
 
+def __dir__() -> list[str]:
+    return [*__all__]
+
+
 def __getattr__(name: str) -> object:
     if name not in ("Session", "generate", "split"):
         raise AttributeError(f"module 'glmexport' has no attribute {name!r}")

@@ -44,13 +44,17 @@ class Conversation:
         sampling = self._sampling
         if sampling.seed is not None:  # the same numbers in every round would be no chance at all
             sampling = dataclasses.replace(sampling, seed=sampling.seed + len(self.history))
-        self.latest = generate(
-            self._session,
-            chat_prompt(query, self.history),
-            sampling=sampling,
-            max_tokens=self._max_tokens,
-            stop=self._stop,
-        )
+        prompt = chat_prompt(query, self.history)
+        try:
+            self.latest = generate(
+                self._session, prompt, sampling=sampling, max_tokens=self._max_tokens, stop=self._stop
+            )
+        except GlmExportError as error:
+            if not self.history:
+                raise
+            raise GlmExportError(
+                f"With the history of {len(self.history)} rounds: {error} /reset forgets it."
+            ) from error
         return self._stream(query, self.latest)
 
     def _stream(self, query: str, generation: Generation) -> Generator[str]:

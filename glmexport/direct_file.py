@@ -12,6 +12,7 @@ import errno
 import fcntl
 import mmap
 import os
+from contextlib import suppress
 from pathlib import Path
 
 _ALIGNMENT = 4096  # of address, length and offset of a direct write; what file systems ask for is this or less
@@ -47,8 +48,7 @@ class DirectFile:
         whole = self._filled - self._filled % _ALIGNMENT
         self._write_out(whole)
         _through_the_cache(self._handle)  # the rest is no whole page
-        with memoryview(self._buffer) as view:
-            self._write_all(view[whole : self._filled])
+        self._write_all(memoryview(self._buffer)[whole : self._filled])
         self._filled = 0
 
     def fileno(self) -> int:
@@ -60,11 +60,11 @@ class DirectFile:
         if self._handle >= 0:
             os.close(self._handle)
             self._handle = -1
-            self._buffer.close()
+            with suppress(BufferError):  # the traceback of a failed write may hold a view of it still
+                self._buffer.close()
 
     def _write_out(self, count: int) -> None:
-        with memoryview(self._buffer) as view:
-            self._write_all(view[:count])
+        self._write_all(memoryview(self._buffer)[:count])
 
     def _write_all(self, data: memoryview) -> None:
         while data:

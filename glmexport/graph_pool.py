@@ -126,10 +126,12 @@ class GraphPool:
         import onnxruntime
 
         path = self._bundle.path(names.graph_file(graph))
+        for name in (names.graph_file(graph), names.data_file(graph)):
+            _demand_size(self._bundle, name)
         if graph in self.placement.streamed:
             _read_ahead(self._bundle.path(names.data_file(graph)))
         options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3
+        options.log_severity_level = 4  # what it would log is raised too
         # every graph has threads of its own: those of one must not spin while the next one runs
         options.add_session_config_entry("session.force_spinning_stop", "1")
         if not self._bundle.graph(graph)["matrices"]:
@@ -142,7 +144,8 @@ class GraphPool:
         try:
             return onnxruntime.InferenceSession(str(path), options, providers=providers)
         except Exception as error:  # onnxruntime's own errors share no public base class
-            raise BundleError(f"{path.name} could not be loaded: {str(error).splitlines()[0]}") from error
+            reason = str(error).splitlines()[0]
+            raise BundleError(f"{path.name} could not be loaded ({reason}); copy the bundle or split again.") from error
 
     def _providers_of(self, graph: str) -> list[str]:
         """Execution providers of a graph, first choice first; BundleError where onnxruntime has not got them."""
@@ -161,6 +164,17 @@ class GraphPool:
                 "build of onnxruntime that has one, or choose another."
             )
         return [*wanted, *([] if CPU_PROVIDER in wanted else [CPU_PROVIDER])]
+
+
+def _demand_size(bundle: Bundle, name: str) -> None:
+    """Raise BundleError where a file is missing or of another size, which onnxruntime says in terms of its own."""
+    path = bundle.path(name)
+    found = f"{path.stat().st_size} bytes" if path.is_file() else "no such file"
+    if found != f"{bundle.files[name].bytes} bytes":
+        raise BundleError(
+            f"{path}: found {found}, expected {bundle.files[name].bytes} bytes; copy the bundle or split again "
+            "(`glmexport inspect --check` looks at every file)."
+        )
 
 
 def _read_ahead(path: Path) -> None:

@@ -58,9 +58,10 @@ def kv_cache_bytes(config: ModelConfig, batch: int, length: int) -> int:
 def gpu_needs(config: ModelConfig, length: int) -> GpuNeeds:
     """What a GPU needs beside weights to prefill a prompt of `length` tokens and to decode up to that length.
 
-    A block holds its KV cache. Whichever block runs has its past and its presents at once, and the larger of attention
-    (scores before and after the softmax, query, key and value as they are turned) and MLP (input, tanh and output of
-    the activation), beside hidden states in and out.
+    Each block has room for its KV cache, though that is copied there and back at every token as yet. Whichever block
+    runs has its past and its presents at once, and the larger of attention (scores before and after the softmax, query,
+    key and value as they are turned) and MLP (input, tanh and output of the activation), beside hidden states in and
+    out.
     """
     attention = 2 * config.num_heads * length + 6 * config.hidden_size
     activations = length * (max(attention, 3 * config.inner_size) + 2 * config.hidden_size) * FLOAT_BYTES
@@ -114,8 +115,7 @@ def place(
         return Placement(gpu, (), tuple(ours), max(memory_limit - kv_bytes, 0), needed, raised=True)
     free, order = memory_limit - kv_bytes, list(ours)
     typical = median_low(ours.values())
-    small = sum(size for size in ours.values() if size < typical)  # kept before anything is read ahead
-    count = min(1 + read_ahead, max((free - small) // max(typical, 1), 1))
+    count = min(1 + read_ahead, free // max(typical, 1))
     resident: set[str] = set()
     while True:
         for name in sorted(ours.keys() - resident, key=lambda name: (-ours[name], order.index(name))):

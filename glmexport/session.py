@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
@@ -15,12 +15,16 @@ from glmexport import names
 from glmexport.bundle import Bundle, open_bundle
 from glmexport.bundle_tokenizer import tokenizer_of_bundle
 from glmexport.embedding_rows import embedding_rows
-from glmexport.errors import BundleError
+from glmexport.errors import BundleError, GlmExportError
 from glmexport.form import GRAPH
 from glmexport.graph_pool import GraphPool
 from glmexport.interface import graph_spec
 from glmexport.placement import READ_AHEAD, Placement, kv_cache_bytes
+from glmexport.sizes import parse_size
 from glmexport.tokenizer import Tokenizer
+
+MAX_THREADS = 1024
+"""More would only exhaust what the system gives; onnxruntime starts them all."""
 
 Array = npt.NDArray[Any]
 Pasts = list[Array]
@@ -31,15 +35,16 @@ class Session:
     """Runs the graphs of one bundle; a context manager that closes them.
 
     bundle: an opened one, or its directory. threads: of each graph, None for onnxruntime's choice.
-    memory_limit: bytes of graphs and KV cache to hold at most, None for all that there are. Graphs beyond it are
-    streamed from disk, token by token. It is raised where the largest graph alone is more; see `placement.raised`.
+    memory_limit: bytes of graphs and KV cache to hold at most, or a text such as `2GB`; None for any number. Graphs
+    beyond it are streamed from disk, token by token. It is raised where the largest graph alone is more; see
+    `placement.raised`.
     providers: onnxruntime's execution providers for every graph, first choice first; none is the CPU.
     gpu_memory: bytes that are free on a GPU; as many blocks as fit run there, on `providers` (default: whichever GPU
     provider onnxruntime has), the others on the CPU.
     read_ahead: streamed graphs to open beyond the one that runs, where the limit has room.
 
     Nothing is opened before it is needed, unless `load` is called. Rows of a raw embedding are mapped and not counted.
-    Raises BundleError: no bundle.
+    Raises BundleError: no bundle; GlmExportError: sizes or threads that are none.
     """
 
     def __init__(
@@ -47,18 +52,25 @@ class Session:
         bundle: Bundle | Path | str,
         *,
         threads: int | None = None,
-        memory_limit: int | None = None,
-        providers: tuple[str, ...] = (),
-        gpu_memory: int | None = None,
+        memory_limit: int | str | None = None,
+        providers: Sequence[str] = (),
+        gpu_memory: int | str | None = None,
         read_ahead: int = READ_AHEAD,
     ) -> None:
+        memory_limit, gpu_memory = (
+            parse_size(size) if isinstance(size, str) else size for size in (memory_limit, gpu_memory)
+        )
+        if threads is not None and not 1 <= threads <= MAX_THREADS:
+            raise GlmExportError(f"threads is {threads}, expected 1 to {MAX_THREADS}.")
+        if any(size is not None and size < 0 for size in (memory_limit, gpu_memory)):
+            raise GlmExportError("A memory size is below 0; give a number of bytes.")
         self.bundle = bundle if isinstance(bundle, Bundle) else open_bundle(Path(bundle))
         self.config = self.bundle.config
         self._pool = GraphPool(
             self.bundle,
             memory_limit=memory_limit,
             threads=threads,
-            providers=providers,
+            providers=(providers,) if isinstance(providers, str) else tuple(providers),
             gpu_memory=gpu_memory,
             read_ahead=read_ahead,
         )

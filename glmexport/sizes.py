@@ -6,12 +6,12 @@ import re
 
 from glmexport.errors import GlmExportError
 
-_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
 def parse_size(text: str) -> int:
     """Bytes of a size such as `3.2GB`, `800 MB`, `3GiB` or `1000000`. Raises GlmExportError."""
-    match = re.fullmatch(r"\s*(\d{1,15}(?:\.\d{1,6})?)\s*([KMG]?I?B?)\s*", text.upper())
+    match = re.fullmatch(r"\s*(\d{1,15}(?:\.\d{1,6})?)\s*([KMGT]?I?B?)\s*", text.upper())
     if match is None or match[2] not in _UNITS:
         raise GlmExportError(f"The size {text!r:.40} is none; expected MB, GB, MiB or GiB, as in 3.2GB.")
     return int(float(match[1]) * _UNITS[match[2]])

@@ -25,7 +25,7 @@ HELP = """\
 /stats         speed and memory of the latest answer
 /exit          end, as Ctrl-D does
 Ctrl-C         stop an answer
-Anything else is asked."""
+Any other line is asked, by itself."""
 
 
 @click.command(name="chat")
@@ -36,7 +36,8 @@ Anything else is asked."""
 def command(bundle: Path, history_file: Path | None, quiet: bool, **options: Any) -> None:
     """Chat with BUNDLE in the terminal, with the model's own prompt format and history.
 
-    Lines of a pipe are asked one after another. /help lists the commands, /exit or Ctrl-D ends.
+    Lines of a pipe are asked one after another; status 2 if one could not be. /help lists the commands, /exit or Ctrl-D
+    ends.
 
     \b
     Examples:
@@ -63,10 +64,13 @@ def command(bundle: Path, history_file: Path | None, quiet: bool, **options: Any
             output.console().print(
                 f"[bold]{escape(bundle.name)}[/], {form_in_words(session.bundle)}. /help lists commands."
             )
-        _talk(chat)
+        if not _talk(chat) and not sys.stdin.isatty():
+            sys.exit(2)  # who asked is not there to have seen it
 
 
-def _talk(chat: Conversation) -> None:
+def _talk(chat: Conversation) -> bool:
+    """Read, answer, repeat; whether everything could be done."""
+    all_done = True
     while True:
         try:
             line = _read_line()
@@ -83,7 +87,9 @@ def _talk(chat: Conversation) -> None:
             elif line:
                 _answer(chat, line)
         except GlmExportError as error:
-            click.secho(f"{error}", err=True, fg="red")
+            all_done = False
+            click.secho(f"{error}", err=True, fg="red", color=output.colour())
+    return all_done
 
 
 def _read_line() -> str:
@@ -103,8 +109,7 @@ def _answer(chat: Conversation, query: str) -> None:
     pieces = chat.ask(query)
     try:
         for piece in pieces:
-            click.echo(piece, nl=False)
-            sys.stdout.flush()
+            click.echo(output.printable(piece), nl=False)
             interrupt.check()
     except KeyboardInterrupt:
         interrupt.forget()
@@ -135,7 +140,7 @@ def _command(chat: Conversation, line: str) -> bool:
 
 def _show_history(chat: Conversation) -> None:
     for query, answer in chat.history:
-        click.echo(f"{click.style(PROMPT + query, bold=True)}\n{answer}")
+        click.echo(f"{click.style(PROMPT + query, bold=True)}\n{output.printable(answer)}", color=output.colour())
     if not chat.history:
         click.echo("The history is empty.")
 

@@ -36,7 +36,9 @@ def command(
     """Answer the prompts of FILE with each BUNDLE and compare: exact answers, perplexity, divergence.
 
     FILE has one JSON object a line, {"prompt": …, "answer": …}, with "history": [[query, answer], …] if any. Answers
-    are generated greedily. The divergence (KL, in nats) of every bundle is measured from the first one.
+    are generated greedily. The divergence (KL, in nats) of every bundle is measured from the first one, which stays
+    open beside it: both keep to the memory limit by themselves. Products of quantized bundles depend on the rows beside
+    them in the last digits, so their numbers do on --batch.
 
     \b
     Examples:

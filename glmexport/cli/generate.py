@@ -62,8 +62,7 @@ def command(
         for piece in answer:
             interrupt.check()
             if not as_json:
-                click.echo(piece, nl=False)
-                sys.stdout.flush()
+                click.echo(output.printable(piece), nl=False)
         if as_json:
             reason = answer.finish_reason
             document = {"text": answer.text, "ids": answer.ids, "prompt_ids": answer.prompt_ids, "ended_by": reason}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import io
 import os
 import sys
 
@@ -70,6 +71,9 @@ def cli() -> None:
 
 def run() -> None:
     """Run the command line; every error a person or file can cause becomes a sentence and a status here."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal that has not got a character gets a question mark
     try:
         with interrupt.remembered():
             cli.main(standalone_mode=False)
@@ -92,9 +96,13 @@ def run() -> None:
             raise
         sys.exit(_out_of_memory())
     except BrokenPipeError:
-        # whoever read our output has seen enough; keep Python from complaining about it at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        # whoever read our output has seen enough
+        _discard_output()
         sys.exit(1)
+    except OSError as error:  # files that commands read and write have sentences of their own; this is stdout's
+        _discard_output()
+        click.echo(f"Error: The output could not be written ({error.strerror or error}).", err=True)
+        sys.exit(2)
 
 
 def _out_of_memory() -> int:
@@ -103,3 +111,9 @@ def _out_of_memory() -> int:
         "Error: There is not enough memory; close other programs, or see what a command needs with --dry-run.", err=True
     )
     return 2
+
+
+def _discard_output() -> None:
+    """Keep Python from writing what is left, and complaining, at exit."""
+    if sys.stdout is not None:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,6 +25,9 @@ PLAIN_WIDTH = 160
 PLAIN_STEP = 5
 """Percent between two lines of progress where there is no terminal."""
 
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+"""All but tab and newline."""
+
 FunctionT = TypeVar("FunctionT", bound=Callable[..., Any])
 
 
@@ -36,6 +40,16 @@ def revision_option(function: FunctionT) -> FunctionT:
     """The `--revision` option of every command that takes a checkpoint."""
     text = "Branch, tag or commit, where CHECKPOINT is a hub id such as zai-org/chatglm-6b."
     return click.option("--revision", metavar="REV", help=text)(function)
+
+
+def colour() -> bool | None:
+    """False where NO_COLOR is set; None: as the terminal can, which is what click takes it to mean."""
+    return False if os.environ.get("NO_COLOR") else None
+
+
+def printable(text: str) -> str:
+    """A model's text for whoever reads: on a terminal, control characters are shown and not obeyed."""
+    return _CONTROL.sub(lambda match: repr(match.group())[1:-1], text) if sys.stdout and sys.stdout.isatty() else text
 
 
 def console() -> Console:

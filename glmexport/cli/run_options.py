@@ -28,11 +28,14 @@ _ENDED = {
 }
 
 _SESSION = (
-    click.option("--threads", type=click.IntRange(1), metavar="N", help="Threads of each graph."),
+    click.option(
+        "--threads", type=click.IntRange(1, 1024), metavar="N", help="Threads of each graph.  [default: one a core]"
+    ),
     click.option(
         "--memory-limit",
         metavar="SIZE",
-        help="The most that graphs and KV cache may take, such as 2GB; what is beyond it is streamed from disk.",
+        help="The most that the files of open graphs and the KV cache may take, such as 2GB; what is beyond it is "
+        "streamed from disk. The process takes some 100 MB, and half as much again for packed weights, more.",
     ),
     click.option(
         "--providers",
@@ -46,13 +49,42 @@ _SESSION = (
 _DRY_RUN = click.option("--dry-run", is_flag=True, help="Print where each graph would go, and load nothing.")
 _SAMPLING = (
     click.option("--greedy", is_flag=True, help="Always the most likely token."),
-    click.option("--temperature", type=float, default=0.95, show_default=True, help="Flattens (above 1) or sharpens."),
-    click.option("--top-k", type=int, default=50, show_default=True, help="Sample among so many tokens; 0 is all."),
-    click.option("--top-p", type=float, default=0.7, show_default=True, help="… that together are this likely."),
-    click.option("--repetition-penalty", type=float, default=1.0, show_default=True, help="Above 1: repeat less."),
-    click.option("--seed", type=int, help="Of the random numbers, for the same answer every time."),
+    click.option(
+        "--temperature",
+        type=float,
+        default=0.95,
+        show_default=True,
+        help="Above 1: more even chances; below: the likely gets likelier; 0 is --greedy.",
+    ),
+    click.option(
+        "--top-k",
+        type=int,
+        default=50,
+        show_default=True,
+        help="Sample among so many of the likeliest tokens; 0 is all.",
+    ),
+    click.option(
+        "--top-p",
+        type=float,
+        default=0.7,
+        show_default=True,
+        help="Sample among the likeliest tokens that together have this probability.",
+    ),
+    click.option(
+        "--repetition-penalty",
+        type=float,
+        default=1.0,
+        show_default=True,
+        help="Above 1: tokens that were there are less likely.",
+    ),
+    click.option("--seed", type=int, help="Start the random numbers here, for the same answer every time."),
     click.option("--stop", multiple=True, metavar="TEXT", help="End the answer before this text; may be repeated."),
-    click.option("--max-tokens", type=int, metavar="N", help="Of the answer.  [default: what the model has room for]"),
+    click.option(
+        "--max-tokens",
+        type=int,
+        metavar="N",
+        help="The most tokens of an answer.  [default: what the model has room for]",
+    ),
 )
 
 
@@ -109,7 +141,10 @@ def open_session(bundle: Path, options: Mapping[str, Any], *, quiet: bool) -> Se
             f"The memory limit of {size_in_words(limit or 0)} is raised to {size_in_words(placement.limit)}, which the "
             "largest graph needs."
         )
-    if gpu is not None and not placement.gpu:
+    if gpu is not None and placement.gpu:
+        count = sum(session.graph_sizes[name] for name in placement.gpu)
+        notify(f"{len(placement.gpu)} of {len(session.graph_sizes)} graphs, {size_in_words(count)}, go on the GPU.")
+    elif gpu is not None:
         notify(
             f"No block fits into {size_in_words(gpu)} of GPU memory beside what running one needs; all are on the CPU."
         )
@@ -126,6 +161,9 @@ def load(session: Session, *, quiet: bool) -> None:
 
 def print_plan(session: Session) -> None:
     """Where each graph goes, and the arithmetic of memory."""
+    from glmexport import names
+    from glmexport.placement import gpu_needs
+
     console, config = output.console(), session.config
     start, full = session.placement, session.plan(config.max_positions)
     listing = output.table("graph", "bytes", "", "where", right=("bytes", ""))
@@ -137,6 +175,10 @@ def print_plan(session: Session) -> None:
     for device, graphs in (("GPU", start.gpu), ("memory", start.resident), ("streamed", start.streamed)):
         count = sum(session.graph_sizes[name] for name in graphs)
         console.print(f"{device:<10}{len(graphs)} graphs, {size_in_words(count)}")
+    if start.gpu:
+        needs = gpu_needs(config, config.max_positions)
+        reserve = needs.fixed + needs.block * sum(name != names.HEAD for name in start.gpu)
+        console.print(f"          {size_in_words(reserve)} of GPU memory beside them, for KV cache and activations")
     each, most = session.kv_bytes(1, 1), session.kv_bytes(1, config.max_positions)
     console.print(f"KV cache  {size_in_words(each)} a token, {size_in_words(most)} at {config.max_positions} positions")
     if start.limit is not None:
