@@ -86,6 +86,23 @@ class Bundle:
         """Path of one of the bundle's files."""
         return self.directory / name
 
+    def whole_path(self, name: str) -> Path:
+        """Path of one of the bundle's files, for whoever reads it without hashing it.
+
+        Raises BundleError unless it is a file of the bundle's own, no link, and of the size in the manifest.
+        """
+        path = self.path(name)
+        try:
+            found = f"{path.stat().st_size} bytes" if path.is_file() and not path.is_symlink() else "no such file"
+        except OSError as error:
+            raise BundleError(f"{path} could not be read: {error.strerror}.") from error
+        if found != f"{self.files[name].bytes} bytes":
+            raise BundleError(
+                f"{path}: found {found}, expected {self.files[name].bytes} bytes; copy the bundle or split again "
+                "(`glmexport inspect --check` looks at every file)."
+            )
+        return path
+
     def link(self, name: str) -> LinkedFile:
         """One of the bundle's files, for another bundle to share."""
         return LinkedFile(self.path(name), self.files[name])

@@ -34,5 +34,5 @@ def tokenizer_of_bundle(bundle: Bundle) -> Tokenizer:
             f"{bundle.directory} has no {names.TOKENIZER_MODEL}, so text cannot be tokenized; split again from a "
             "checkpoint that holds it, or give ids."
         )
-    path = bundle.path(names.TOKENIZER_MODEL)
+    path = bundle.whole_path(names.TOKENIZER_MODEL)
     return make_tokenizer(read_small_file(path, MODEL_LIMIT), bundle.config, bundle.form, origin=str(path))

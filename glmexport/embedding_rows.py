@@ -35,6 +35,8 @@ def head_rows(bundle: Bundle) -> QuantizedRows:
         raise BundleError(f"{names.graph_file(names.HEAD)} has {len(matrices)} quantized matrices, expected one.")
     ((name, record),) = matrices.items()
     shape = (bundle.config.vocab_size, bundle.config.hidden_size)
+    for file in (names.graph_file(names.HEAD), names.data_file(names.HEAD)):
+        bundle.whole_path(file)
     places = stored_tensors_of(bundle, names.HEAD)
     return QuantizedRows(bundle.directory, places, name, record, shape, bundle.form.quantization.format)
 
@@ -44,7 +46,7 @@ def _raw_rows(bundle: Bundle) -> Rows:
     shape = (bundle.config.vocab_size, bundle.config.hidden_size)
     dtype = np.dtype(RAW_DTYPES[form.dtype].numpy).newbyteorder("<")
     try:
-        table = np.memmap(bundle.path(name), dtype, "r", shape=shape)
+        table = np.memmap(bundle.whole_path(name), dtype, "r", shape=shape)
     except (OSError, ValueError) as error:
         raise BundleError(f"{name} could not be mapped ({error}); copy or embed the bundle again.") from error
     return lambda ids: decode_rows(table[ids], form.dtype)
