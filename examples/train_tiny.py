@@ -1,7 +1,7 @@
 """Train the example checkpoint that answers: a ChatGLM-6B of 4 small blocks, in the layout of the first revision.
 
     python examples/train_tiny.py examples/tiny-chatglm
-    python examples/train_tiny.py /tmp/quick --steps 100
+    python examples/train_tiny.py out/quick --steps 100
 
 The held-out examples are written beside it, as `<output>-heldout.jsonl`, and answered at the end. What the model learns
 is in `tiny_tasks.py`. The whole run takes about 10 minutes on 2 quiet cores that multiply in bfloat16 by themselves
