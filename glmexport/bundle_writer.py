@@ -259,12 +259,12 @@ class HashingFile:
         self._queue: queue.Queue[memoryview | None] = queue.Queue(self.DEPTH)
         self._digest = hashlib.sha256()
         self._bytes = 0
-        self._error: OSError | None = None
+        self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._work, name=f"write {path.name}", daemon=True)
         self._thread.start()
 
     def write(self, data: memoryview) -> None:
-        """Queue bytes; raises the OSError that an earlier write met."""
+        """Queue bytes; raises what an earlier write met, an OSError or whatever it was."""
         self._queue.put(data.cast("B"))
         if self._error is not None:
             raise self._error
@@ -302,12 +302,12 @@ class HashingFile:
                     written = self._file.write(data)
                     self._bytes += written
                     data = data[written:]
-            except OSError as error:
+            except BaseException as error:  # raised where the bytes come from; this thread must not end before
                 self._error = error
         try:
             if self._error is None:
                 self._file.flush()
-        except OSError as error:
+        except BaseException as error:
             self._error = error
 
 

@@ -96,7 +96,7 @@ def split(
             f"while the original's from_pretrained silently replaces it by the embedding."
         )
     draft = _draft(checkpoint, options, tied, notice)
-    files = checkpoint.weights.state()
+    files = checkpoint.weights.state_when_opened
 
     def begun(found: bool) -> None:
         if not found:

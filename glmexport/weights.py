@@ -41,6 +41,7 @@ class Weights:
         """Take tensors as found; `files` gives each file's size in bytes, to notice one that changes under us."""
         self._tensors = dict(tensors)
         self._readers = {path: _OffsetReader(path, size) for path, size in files.items()}
+        self.state_when_opened = self.state()
 
     @classmethod
     def open(cls, directory: Path) -> Weights:
