@@ -57,7 +57,7 @@ class BundleWriter:
         self._partial = _partial_of(self.output)
         self._journal = None if identity is None else Journal(self._partial, identity)
         self._resume = resume
-        self.resumed = self.kept = False
+        self.resumed = False
         self._lock: int | None = None
         self._committed = False
         self._made: list[Path] = []
@@ -88,8 +88,8 @@ class BundleWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._syncer.shutdown(cancel_futures=True)
-        self.kept = kind is KeyboardInterrupt and self._journal is not None and bool(self._journal.finished)
-        if not self._committed and not self.kept:  # afterwards a directory of that name is another run's
+        kept = kind is KeyboardInterrupt and self._journal is not None and bool(self._journal.finished)
+        if not self._committed and not kept:  # afterwards a directory of that name is another run's
             _remove(self._partial)
             with suppress(OSError):  # a parent may hold something else by now
                 for parent in self._made:

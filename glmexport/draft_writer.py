@@ -57,13 +57,11 @@ def write_bundle(
     resumed is another bundle; ExportError where a graph is not what it must be, and whatever the tensors raise while
     they are read. No error leaves anything behind.
     """
-    if resumable is None or not resumable.resume:
+    identity, resume = (None, False) if resumable is None else (resumable.identity, resumable.resume)
+    if not resume:
         check_disk(output, sum(draft.sizes().values()) if copy else new_bytes(draft))
-    identity = None if resumable is None else resumable.identity
-    with BundleWriter(
-        output, force=force, copy=copy, identity=identity, resume=resumable is not None and resumable.resume
-    ) as writer:
-        if resumable is not None and resumable.resume:
+    with BundleWriter(output, force=force, copy=copy, identity=identity, resume=resume) as writer:
+        if resumable is not None and resume:
             resumable.begun(writer.resumed)
         entries = []
         for graph in draft.graphs:

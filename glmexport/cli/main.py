@@ -86,8 +86,9 @@ def run() -> None:
         error.show()
         sys.exit(error.exit_code)
     except GlmExportError as error:
-        colour = False if os.environ.get("NO_COLOR") else None  # None: as the terminal can
-        click.echo(f"{click.style('Error:', fg='red')} {error}", err=True, color=colour)
+        from glmexport.cli import output  # here: help and commands that succeed need not wait for it
+
+        click.echo(f"{click.style('Error:', fg='red')} {error}", err=True, color=output.colour())
         sys.exit(2)
     except MemoryError:
         sys.exit(_out_of_memory())
