@@ -11,21 +11,25 @@ import os
 import queue
 import shutil
 import threading
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
 
 from glmexport import names
 from glmexport.bundle import FileRecord, LinkedFile, manifest_text, sha256_of
-from glmexport.direct_file import DirectFile
+from glmexport.direct_file import DirectFile, page_block
 from glmexport.errors import BundleError
 from glmexport.journal import JOURNAL, Finished, Journal
 
 _NO_LINKS = (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP, errno.ENOSYS)
 _COPY_BYTES = 8 << 20
+_Filled: TypeAlias = tuple[NDArray[np.uint8], int]  # a block, and how many of its bytes are to be written
 
 
 class BundleWriter:
@@ -247,32 +251,54 @@ def _own_files(manifest: Path) -> set[str]:
 
 
 class HashingFile:
-    """A new file written and hashed by a thread of its own, so that both overlap with whatever makes the bytes.
+    """A new file, hashed by one thread and written by another, so that both overlap with whatever makes the bytes.
 
-    `write` hands over a buffer that must not change afterwards; at most `DEPTH` buffers wait.
+    Blocks go round: `write` fills a free one, the hashing thread passes it on, the writing thread frees it.
     """
 
-    DEPTH = 4
+    BLOCK_BYTES = 8 << 20
+    BLOCKS = 8
 
     def __init__(self, path: Path) -> None:
         self._file = DirectFile(path)
-        self._queue: queue.Queue[memoryview | None] = queue.Queue(self.DEPTH)
         self._digest = hashlib.sha256()
         self._bytes = 0
         self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._work, name=f"write {path.name}", daemon=True)
-        self._thread.start()
+        self._free: queue.SimpleQueue[NDArray[np.uint8] | None] = queue.SimpleQueue()
+        self._filled: queue.SimpleQueue[_Filled | None] = queue.SimpleQueue()
+        self._hashed: queue.SimpleQueue[_Filled | None] = queue.SimpleQueue()
+        for _ in range(self.BLOCKS):
+            self._free.put(None)  # made when it is needed, which for most files is one
+        self._block: NDArray[np.uint8] | None = None
+        self._used = 0
+        self._threads = [
+            threading.Thread(target=work, name=f"{what} {path.name}", daemon=True)
+            for what, work in (("hash", self._hash), ("write", self._write))
+        ]
+        for thread in self._threads:
+            thread.start()
 
     def write(self, data: memoryview) -> None:
-        """Queue bytes; raises what an earlier write met, an OSError or whatever it was."""
-        self._queue.put(data.cast("B"))
-        if self._error is not None:
-            raise self._error
+        """Take bytes, which may change afterwards; raises what an earlier write met, an OSError or whatever it was."""
+        new, taken = np.frombuffer(data, np.uint8), 0
+        while taken < len(new):
+            if self._block is None:
+                free = self._free.get()
+                self._block = page_block(self.BLOCK_BYTES) if free is None else free
+            if self._error is not None:
+                raise self._error
+            count = min(len(new) - taken, self.BLOCK_BYTES - self._used)
+            self._block[self._used : self._used + count] = new[taken : taken + count]
+            self._used += count
+            taken += count
+            if self._used == self.BLOCK_BYTES:
+                self._hand_over()
 
     def finish(self) -> FileRecord:
         """Wait for every byte to be written; raises OSError where that failed."""
-        self._queue.put(None)
-        self._thread.join()
+        self._hand_over()
+        self._join()
+        self._free = queue.SimpleQueue()  # the blocks' memory, as the file may wait long to be synced
         if self._error is not None:
             raise self._error
         return FileRecord(self._bytes, self._digest.hexdigest())
@@ -285,30 +311,41 @@ class HashingFile:
             self._file.close()
 
     def close(self) -> None:
-        """Stop the thread, if it still runs, and close the file."""
-        if self._thread.is_alive():
+        """Stop the threads, if they still run, and close the file."""
+        if any(thread.is_alive() for thread in self._threads):
             self._error = self._error or OSError(errno.ECANCELED, "the run was stopped")
-            self._queue.put(None)
-            self._thread.join()
+            self._join()
         self._file.close()
 
-    def _work(self) -> None:
-        while (data := self._queue.get()) is not None:
-            if self._error is not None:
-                continue  # keep emptying the queue, so that the other side never waits for a place in it
+    def _hand_over(self) -> None:
+        if self._block is not None:
+            self._filled.put((self._block, self._used))
+            self._block, self._used = None, 0
+
+    def _join(self) -> None:
+        self._filled.put(None)
+        for thread in self._threads:
+            thread.join()
+
+    def _hash(self) -> None:
+        for block, count in iter(self._filled.get, None):
+            self._unless_failed(self._digest.update, block, count)
+            self._hashed.put((block, count))
+        self._hashed.put(None)
+
+    def _write(self) -> None:
+        for block, count in iter(self._hashed.get, None):
+            self._unless_failed(self._file.write, block, count)
+            self._bytes += count
+            self._free.put(block)
+
+    def _unless_failed(self, deed: Callable[[memoryview], object], block: NDArray[np.uint8], count: int) -> None:
+        """Blocks go round after a failure too, so that `write` never waits for one in vain."""
+        if self._error is None:
             try:
-                self._digest.update(data)
-                while data:
-                    written = self._file.write(data)
-                    self._bytes += written
-                    data = data[written:]
+                deed(block[:count].data)
             except BaseException as error:  # raised where the bytes come from; this thread must not end before
                 self._error = error
-        try:
-            if self._error is None:
-                self._file.flush()
-        except BaseException as error:
-            self._error = error
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 
 from glmexport import names
+from glmexport.ahead import read_ahead
 from glmexport.config import ModelConfig, TokenizerFacts
 from glmexport.errors import CheckpointError
 from glmexport.hub import fetch_checkpoint, is_hub_id
@@ -167,16 +169,14 @@ def heads_equal(checkpoint: Checkpoint) -> bool:
     head, embedding = checkpoint.info(checkpoint.head_name), checkpoint.info(checkpoint.embedding_name)
     if head.shape != embedding.shape:
         return False
-    rows = head.shape[0]
-    step = max(1, _SLICE_BYTES * rows // max(1, head.nbytes, embedding.nbytes))
-    for start in range(0, rows, step):
-        stop = min(start + step, rows)
-        ours = checkpoint.read_rows(checkpoint.head_name, start, stop)
-        theirs = checkpoint.read_rows(checkpoint.embedding_name, start, stop)
-        if head.dtype != embedding.dtype:
-            ours, theirs = ours.double(), theirs.double()
-        if not torch.equal(ours, theirs):
-            return False
+    step = max(1, _SLICE_BYTES * head.shape[0] // max(1, head.nbytes, embedding.nbytes))
+    table = checkpoint.read_bands(checkpoint.embedding_name, step)
+    with closing(read_ahead(checkpoint.read_bands(checkpoint.head_name, step))) as rows:
+        for ours, theirs in zip(rows, table, strict=True):
+            if head.dtype != embedding.dtype:
+                ours, theirs = ours.double(), theirs.double()
+            if not torch.equal(ours, theirs):
+                return False
     return True
 
 

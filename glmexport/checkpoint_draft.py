@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
+import numpy as np
 import onnx
 import torch
 
@@ -63,7 +64,7 @@ class CheckpointTensor:
     def _rows(self) -> Iterator[torch.Tensor]:
         width = math.prod(self.checkpoint.info(self.name).shape[1:])
         for rows in self.checkpoint.read_bands(self.name, rows_per_slice(width)):
-            yield rows.float()
+            yield as_float32(rows)
 
     def _turned(self) -> Iterator[torch.Tensor]:
         whole = self.checkpoint.read(self.name)  # [out, in]
@@ -71,7 +72,13 @@ class CheckpointTensor:
         band = max(SLICE_BYTES // (4 * outputs), 1)
         for start in range(0, inputs, band):
             # cast first: turning float32 is five times faster than turning float16 or doing both at once
-            yield whole[:, start : start + band].float().t().contiguous()
+            yield as_float32(as_float32(whole[:, start : start + band]).t())
+
+
+def as_float32(weights: torch.Tensor) -> torch.Tensor:
+    """The same numbers, contiguous: numpy asks for large pages, without which new memory costs more than the cast."""
+    result = torch.from_numpy(np.empty(tuple(weights.shape), np.float32))
+    return result.copy_(weights)
 
 
 def draft_of_checkpoint(

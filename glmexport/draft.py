@@ -63,24 +63,24 @@ class GraphDraft:
         """A draft with other contents, and so without the links."""
         return dataclasses.replace(self, **{"graph_link": None, "data_link": None, **changes})
 
-    def model(self, places: Iterable[ExternalTensor]) -> onnx.ModelProto:
-        """The whole graph, its tensors lying at `places`."""
-        model = self.make_model()
-        model.graph.initializer.extend(external_initializer(place) for place in places)
-        return model
-
     def graph_bytes(self) -> int:
         """Size of the graph file, but for some digits of its offsets; makes the graph."""
         places = [
             ExternalTensor(tensor.name, tensor.dtype, tensor.shape, names.data_file(self.name), 1 << 30, 1 << 30)
             for tensor in self.tensors
         ]
-        return len(self.model(places).SerializeToString())
+        return len(with_tensors(self.make_model(), places).SerializeToString())
 
     @property
     def data_bytes(self) -> int:
         """Size of the data file."""
         return aligned_size(stored_bytes(tensor.dtype, tensor.shape) for tensor in self.tensors)
+
+
+def with_tensors(model: onnx.ModelProto, places: Iterable[ExternalTensor]) -> onnx.ModelProto:
+    """`model` made whole by tensors that lie at `places`, in place; returns it."""
+    model.graph.initializer.extend(external_initializer(place) for place in places)
+    return model
 
 
 @dataclass(frozen=True)

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import onnx
+
 from glmexport import names
+from glmexport.ahead import Ahead
 from glmexport.bundle import LinkedFile
 from glmexport.bundle_writer import BundleWriter
-from glmexport.draft import BundleDraft, GraphDraft, graph_entry
+from glmexport.draft import BundleDraft, GraphDraft, graph_entry, with_tensors
 from glmexport.errors import BundleError, ExportError
 from glmexport.graph_lint import lint_graph
 from glmexport.interface import graph_spec
@@ -63,19 +69,24 @@ def write_bundle(
     with BundleWriter(output, force=force, copy=copy, identity=identity, resume=resume) as writer:
         if resumable is not None and resume:
             resumable.begun(writer.resumed)
-        entries = []
+        finished: dict[str, dict[str, Any]] = {}
         for graph in draft.graphs:
             advance(graph.name, 0)
             entry = writer.finished(graph.name)
-            if entry is None:
-                entry = _write_graph(writer, draft, graph, advance)
-                writer.finish(graph.name, (names.data_file(graph.name), names.graph_file(graph.name)), entry)
-            else:
+            if entry is not None:
+                finished[graph.name] = entry
                 advance(graph.name, graph.data_bytes)
-            entries.append(entry)
-        for name, content in draft.files.items():
-            advance(name, 0)
-            _write_file(writer, name, content, advance)
+        entries = []
+        with _Making(draft, [graph for graph in draft.graphs if graph.name not in finished]) as making:
+            for graph in draft.graphs:
+                if graph.name not in finished:
+                    advance(graph.name, 0)
+                    finished[graph.name] = entry = _write_graph(writer, draft, graph, making, advance)
+                    writer.finish(graph.name, (names.data_file(graph.name), names.graph_file(graph.name)), entry)
+                entries.append(finished[graph.name])
+            for name, content in draft.files.items():
+                advance(name, 0)
+                _write_file(writer, name, content, making, advance)
         advance(names.MANIFEST, 0)
         if resumable is not None:
             resumable.check()
@@ -102,7 +113,50 @@ def check_disk(output: Path, needed: int) -> None:
         )
 
 
-def _write_graph(writer: BundleWriter, draft: BundleDraft, graph: GraphDraft, advance: Advance) -> dict[str, Any]:
+class _Making:
+    """What is to be written, made in threads: tensors ahead of what writes them, and beside them the graphs.
+
+    Tensors are begun in the order in which they are written, those of the graphs and then those that are files; several
+    at once, so that one is read while another is cast or turned. Making a graph may mean tracing it, which takes
+    seconds that nothing of the weights depends on.
+    """
+
+    TENSORS_AT_ONCE = 3
+    SLICES_AHEAD = 2
+
+    def __init__(self, draft: BundleDraft, graphs: Sequence[GraphDraft]) -> None:
+        files = [content for content in draft.files.values() if not isinstance(content, bytes | LinkedFile)]
+        tensors = chain(*(graph.tensors for graph in graphs if graph.data_link is None), files)
+        self._makers = ThreadPoolExecutor(self.TENSORS_AT_ONCE, thread_name_prefix="tensors")
+        self._slices = deque(Ahead(tensor.slices, self._makers, self.SLICES_AHEAD) for tensor in tensors)
+        self._tracer = ThreadPoolExecutor(1, thread_name_prefix="graphs")
+        self._models = {
+            graph.name: self._tracer.submit(graph.make_model) for graph in graphs if graph.graph_link is None
+        }
+
+    def __enter__(self) -> _Making:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._makers.shutdown(wait=False, cancel_futures=True)
+        for slices in self._slices:
+            slices.stop()
+        self._makers.shutdown()
+        self._tracer.shutdown(cancel_futures=True)
+
+    def slices(self) -> Iterator[Array]:
+        """Those of the next tensor. Raises what making them raises."""
+        yield from self._slices[0]
+        self._slices.popleft()
+
+    def model(self, graph: GraphDraft) -> onnx.ModelProto:
+        """The graph without its tensors. Raises what making it raises."""
+        return self._models.pop(graph.name).result()
+
+
+def _write_graph(
+    writer: BundleWriter, draft: BundleDraft, graph: GraphDraft, making: _Making, advance: Advance
+) -> dict[str, Any]:
     data_name, graph_name = names.data_file(graph.name), names.graph_file(graph.name)
     if graph.data_link is not None:
         places = [tensor.place for tensor in graph.tensors]  # type: ignore[attr-defined]  # links come with FileTensor
@@ -112,12 +166,12 @@ def _write_graph(writer: BundleWriter, draft: BundleDraft, graph: GraphDraft, ad
         with writer.create(data_name) as sink:
             data = ExternalDataWriter(sink, data_name)
             for tensor in graph.tensors:
-                data.add(tensor.name, tensor.dtype, tensor.shape, _reported(tensor, graph.name, advance))
+                data.add(tensor.name, tensor.dtype, tensor.shape, _reported(making.slices(), graph.name, advance))
         places = data.tensors
     if graph.graph_link is not None:
         writer.link(graph_name, graph.graph_link)
         return graph_entry(draft, graph, load_graph(writer.path(graph_name)))
-    model = graph.model(places)
+    model = with_tensors(making.model(graph), places)
     writer.write_bytes(graph_name, model.SerializeToString(deterministic=True))
     spec = graph_spec(graph.name, draft.config, draft.argmax)
     complaints = lint_graph(writer.path(graph_name), spec, draft.opset)
@@ -126,17 +180,20 @@ def _write_graph(writer: BundleWriter, draft: BundleDraft, graph: GraphDraft, ad
     return graph_entry(draft, graph, model)
 
 
-def _write_file(writer: BundleWriter, name: str, content: bytes | Tensor | LinkedFile, advance: Advance) -> None:
+def _write_file(
+    writer: BundleWriter, name: str, content: bytes | Tensor | LinkedFile, making: _Making, advance: Advance
+) -> None:
     if isinstance(content, bytes):
         writer.write_bytes(name, content)
     elif isinstance(content, LinkedFile):
         writer.link(name, content)
     else:
         with writer.create(name) as sink:
-            ExternalDataWriter(sink, name).add(name, content.dtype, content.shape, _reported(content, name, advance))
+            data = ExternalDataWriter(sink, name)
+            data.add(name, content.dtype, content.shape, _reported(making.slices(), name, advance))
 
 
-def _reported(tensor: Tensor, what: str, advance: Advance) -> Iterator[Array]:
-    for part in tensor.slices():
+def _reported(slices: Iterator[Array], what: str, advance: Advance) -> Iterator[Array]:
+    for part in slices:
         yield part
         advance(what, part.nbytes)

@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from glmexport.affine import Affine, Fit, Layout, Quantized, to_qdq
+from glmexport.ahead import read_ahead
 from glmexport.errors import GlmExportError
 from glmexport.onnx_files import Array
 from glmexport.quantize_kernels import quantize
 from glmexport.quantized_rows import CODES, SCALES, ZERO_POINTS, part_forms, part_name
 from glmexport.recipe import policy_record
-from glmexport.tensors import Matrix, Tensor, matrix_shape, read_ahead
+from glmexport.tensors import Matrix, Tensor, matrix_shape
 
 TURN_BYTES = 16 << 20
 
 
 @dataclass(frozen=True)
 class _Part:
-    """One of the tensors; scales and zero points are known when the codes were written, which come first."""
+    """One of the tensors; scales and zero points are known when the codes were made, which come first."""
 
     owner: QuantizedMatrix
     part: str
@@ -47,7 +49,7 @@ class QuantizedMatrix:
         self.name, self.affine, self.layout = matrix.name, affine, layout
         self.outputs, self.inputs = matrix_shape(matrix)
         self._matrix = matrix
-        self._rest: dict[str, Array] = {}
+        self._rest: Future[dict[str, Array]] = Future()
         self._fit: Fit | None = None
 
     @property
@@ -57,7 +59,15 @@ class QuantizedMatrix:
         return tuple(_Part(self, part, dtype, shape) for part, (dtype, shape) in forms.items())
 
     def codes(self) -> Iterator[Array]:
-        """The codes' bytes. Raises GlmExportError for weights that cannot be quantized."""
+        """The codes' bytes, made once. Raises GlmExportError for weights that cannot be quantized."""
+        try:
+            yield from self._codes()
+        except BaseException as error:
+            if not self._rest.done():
+                self._rest.set_exception(error)
+            raise
+
+    def _codes(self) -> Iterator[Array]:
         scales: list[Array] = []
         points: list[Array] = []
         whole: list[Array] = []
@@ -79,8 +89,8 @@ class QuantizedMatrix:
             yield from self._turned(np.concatenate(whole), np.concatenate(scales), all_points)
 
     def rest(self, part: str) -> Array:
-        """Scales or zero points, once the codes were asked for; they are handed out and forgotten."""
-        return self._rest.pop(part)
+        """Scales or zero points; waits for the codes, which another thread may be making. Handed out and forgotten."""
+        return self._rest.result().pop(part)
 
     def measure(self) -> Fit:
         """Quantize without keeping anything, for what it does to the weights."""
@@ -128,4 +138,4 @@ class QuantizedMatrix:
         self._keep(np.concatenate(turned_scales), np.concatenate(turned_points) if turned_points else None)
 
     def _keep(self, scales: Array, points: Array | None) -> None:
-        self._rest = {SCALES: scales} if points is None else {SCALES: scales, ZERO_POINTS: points}
+        self._rest.set_result({SCALES: scales} if points is None else {SCALES: scales, ZERO_POINTS: points})

@@ -6,8 +6,6 @@ once, and nothing is read before it is written.
 
 from __future__ import annotations
 
-import queue
-import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -157,41 +155,3 @@ class SelectedRows:
     def bands(self) -> Iterator[Array]:
         """As `slices`."""
         return self.slices()
-
-
-def read_ahead(bands: Iterator[Array], depth: int = 2) -> Iterator[Array]:
-    """The same bands, made by a thread of its own while earlier ones are in use; at most `depth` wait.
-
-    What making one raises is raised here. A consumer that stops early stops the thread.
-    """
-    waiting: queue.Queue[Array | BaseException | None] = queue.Queue(depth)
-    stopped = threading.Event()
-
-    def put(item: Array | BaseException | None) -> bool:
-        while not stopped.is_set():
-            try:
-                waiting.put(item, timeout=0.1)
-            except queue.Full:
-                continue
-            return True
-        return False
-
-    def work() -> None:
-        try:
-            for band in bands:
-                if not put(band):
-                    return
-            put(None)
-        except BaseException as error:
-            put(error)
-
-    thread = threading.Thread(target=work, name="read ahead", daemon=True)
-    thread.start()
-    try:
-        while (item := waiting.get()) is not None:
-            if isinstance(item, BaseException):
-                raise item
-            yield item
-    finally:
-        stopped.set()
-        thread.join()

@@ -5,7 +5,6 @@ Nothing is mapped: the touched pages of a mapped file would count as memory of t
 
 from __future__ import annotations
 
-import io
 import math
 import os
 import re
@@ -18,6 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from glmexport.direct_file import OffsetFile
 from glmexport.errors import CheckpointError
 from glmexport.untrusted import few, file_size, quoted, read_json, reading
 from glmexport.weight_files import TensorInfo, span, tensors_of
@@ -28,7 +28,14 @@ WEIGHT_FILES = (
     "pytorch_model.bin.index.json",
     "pytorch_model.bin",
 )  # what a checkpoint can hold, in the order of preference
+CACHED_SHARE = 0.5
+"""A checkpoint larger than this share of the memory is read past the page cache, which could not keep it anyway."""
 _PLAIN_FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._+=-]{0,199}")
+
+
+def physical_memory() -> int:
+    """Bytes of memory that the computer has."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 class Weights:
@@ -40,7 +47,8 @@ class Weights:
     def __init__(self, tensors: Mapping[str, TensorInfo], files: Mapping[Path, int]) -> None:
         """Take tensors as found; `files` gives each file's size in bytes, to notice one that changes under us."""
         self._tensors = dict(tensors)
-        self._readers = {path: _OffsetReader(path, size) for path, size in files.items()}
+        direct = sum(files.values()) > CACHED_SHARE * physical_memory()
+        self._readers = {path: _OffsetReader(path, size, direct) for path, size in files.items()}
         self.state_when_opened = self.state()
 
     @classmethod
@@ -167,8 +175,7 @@ class Weights:
         elements = math.prod(shape) if info.stride is None else span(shape, info.stride)
         if not elements:
             return torch.empty(shape, dtype=dtype)
-        buffer: NDArray[np.uint8] = np.empty(elements * dtype.itemsize, dtype=np.uint8)
-        self._readers[info.file].read_into(buffer.data, offset)
+        buffer = self._readers[info.file].read(offset, elements * dtype.itemsize)
         flat = torch.from_numpy(buffer).view(dtype)
         if info.stride is None:
             return flat.reshape(shape)
@@ -184,30 +191,29 @@ def _check_sum(info: TensorInfo, found: int) -> None:
 
 
 class _OffsetReader:
-    """Reads of one file by offset: opened at the first read, one read at a time."""
+    """Reads of one file by offset: opened at the first read, by any number of threads at once."""
 
-    def __init__(self, path: Path, size: int) -> None:
+    def __init__(self, path: Path, size: int, direct: bool) -> None:
+        """direct: whether to read past the page cache."""
         self._path = path
         self._size = size
+        self._direct = direct
         self._lock = threading.Lock()
-        self._file: io.FileIO | None = None
+        self._file: OffsetFile | None = None
 
-    def read_into(self, target: memoryview, offset: int) -> None:
-        """Fill `target` with the bytes from `offset` on; CheckpointError if they cannot be had."""
-        with self._lock, reading(self._path):
-            if self._file is None:
-                self._file = io.FileIO(self._path)
-            if os.fstat(self._file.fileno()).st_size != self._size:
+    def read(self, offset: int, count: int) -> NDArray[np.uint8]:
+        """The `count` bytes from `offset` on, in memory of their own; CheckpointError if they cannot be had."""
+        with reading(self._path):
+            with self._lock:
+                self._file = file = self._file or OffsetFile(self._path, self._direct)
+            if file.size() != self._size:
                 raise CheckpointError(f"{self._path} changed its size while it was in use; start again.")
-            self._file.seek(offset)
-            done = 0
-            while done < len(target):  # a single read gives at most 2 GiB
-                count = self._file.readinto(target[done:])
-                if not count:
-                    raise CheckpointError(
-                        f"{self._path} ended {len(target) - done} bytes early while it was read; download it again."
-                    )
-                done += count
+            found = file.read(offset, count)
+        if len(found) < count:
+            raise CheckpointError(
+                f"{self._path} ended {count - len(found)} bytes early while it was read; download it again."
+            )
+        return found
 
     def close(self) -> None:
         """Close the file if it is open."""

@@ -244,12 +244,11 @@ class FullDisk:
     def __init__(self, file, room: int) -> None:
         self._file, self._room = file, room
 
-    def write(self, data) -> int:
-        if self._room <= 0:
+    def write(self, data) -> None:
+        if len(data) > self._room:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        taken = data[: self._room]  # a full disk takes a part first
-        self._room -= len(taken)
-        return self._file.write(taken)
+        self._room -= len(data)
+        self._file.write(data)
 
     def __getattr__(self, name: str):
         return getattr(self._file, name)
@@ -274,7 +273,7 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing(tmp_path, monkeypatch, r
         run()
     assert str(caught.value) == f"{tmp_path / 'bundle'} could not be written: the disk is full; nothing was left there."
     assert everything(tmp_path) == []
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("write ")]
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith(("hash ", "write "))]
 
 
 def test_a_full_disk_at_the_manifest(small_bundle, tmp_path, monkeypatch):

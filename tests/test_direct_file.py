@@ -5,39 +5,27 @@ from __future__ import annotations
 import errno
 import os
 
+import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from glmexport import direct_file
-from glmexport.direct_file import DirectFile
+from glmexport.direct_file import DirectFile, page_block
 
 
-def write(path, parts) -> None:
+def write(path, content: bytes, size: int = 8192) -> None:
+    block = page_block(size)
     file = DirectFile(path)
-    for part in parts:
-        assert file.write(memoryview(part)) == len(part)
-    file.flush()
+    for start in range(0, len(content), size):
+        part = content[start : start + size]
+        block[: len(part)] = np.frombuffer(part, np.uint8)
+        file.write(block[: len(part)].data)
     file.close()
 
 
-@settings(max_examples=60, deadline=None)
-@given(sizes=st.lists(st.integers(0, 20000), max_size=8))
-def test_any_sizes(tmp_path_factory, sizes):
-    path = tmp_path_factory.mktemp("direct") / "file"
-    parts = [os.urandom(size) for size in sizes]
-    before = DirectFile.BUFFER_BYTES
-    DirectFile.BUFFER_BYTES = 8192
-    try:
-        write(path, parts)
-    finally:
-        DirectFile.BUFFER_BYTES = before
-    assert path.read_bytes() == b"".join(parts)
-
-
-def test_larger_than_the_buffer(tmp_path):
-    content = os.urandom(2 * DirectFile.BUFFER_BYTES + 4097)
-    write(tmp_path / "file", [content[:5], content[5:]])
+@pytest.mark.parametrize("size", [0, 1, 4095, 4096, 4097, 8192, 20480, 50001])
+def test_any_size(tmp_path, size):
+    content = os.urandom(size)
+    write(tmp_path / "file", content)
     assert (tmp_path / "file").read_bytes() == content
 
 
@@ -60,7 +48,7 @@ def test_a_file_system_that_refuses_the_flag(tmp_path, monkeypatch):
         return opened(path, flags, mode)
 
     monkeypatch.setattr(direct_file.os, "open", refusing)
-    write(tmp_path / "file", [b"content"])
+    write(tmp_path / "file", b"content")
     assert (tmp_path / "file").read_bytes() == b"content"
     assert len(flags_seen) == 2
 
@@ -77,16 +65,16 @@ def test_a_file_system_that_refuses_the_write(tmp_path, monkeypatch):
 
     monkeypatch.setattr(direct_file.os, "write", refusing)
     content = os.urandom(30000)
-    write(tmp_path / "file", [content])
+    write(tmp_path / "file", content)
     assert (tmp_path / "file").read_bytes() == content
-    assert refused == [28672]
+    assert refused == [8192]
 
 
 def test_short_writes_are_continued(tmp_path, monkeypatch):
     written = os.write
     monkeypatch.setattr(direct_file.os, "write", lambda handle, data: written(handle, data[:4096]))
     content = os.urandom(50001)
-    write(tmp_path / "file", [content])
+    write(tmp_path / "file", content)
     assert (tmp_path / "file").read_bytes() == content
 
 
@@ -97,8 +85,7 @@ def test_other_errors_are_raised(tmp_path, monkeypatch, code):
 
     monkeypatch.setattr(direct_file.os, "write", failing)
     file = DirectFile(tmp_path / "file")
-    file.write(memoryview(b"content"))
     with pytest.raises(OSError, match="failed"):
-        file.flush()
+        file.write(page_block(4096).data)
     file.close()
     file.close()

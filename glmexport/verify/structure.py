@@ -14,7 +14,7 @@ import onnx
 
 from glmexport import names
 from glmexport.bundle import Bundle
-from glmexport.draft import BundleDraft, GraphDraft, graph_entry
+from glmexport.draft import BundleDraft, GraphDraft, graph_entry, with_tensors
 from glmexport.errors import BundleError, GlmExportError
 from glmexport.interface import OPSETS
 from glmexport.onnx_files import Array, ExternalTensor, external_tensors, holds, load_graph, rows_of
@@ -174,7 +174,7 @@ def _holds(bundle: Bundle, place: ExternalTensor, tensor: ArrayTensor) -> bool:
 
 def _trace_complaints(graph: GraphDraft, model: onnx.ModelProto) -> Iterator[str]:
     try:
-        expected = graph.model(external_tensors(model, graph.name))
+        expected = with_tensors(graph.make_model(), external_tensors(model, graph.name))
     except BundleError as error:
         yield str(error)
         return
