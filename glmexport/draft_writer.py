@@ -77,7 +77,7 @@ def write_bundle(
                 finished[graph.name] = entry
                 advance(graph.name, graph.data_bytes)
         entries = []
-        with _Making(draft, [graph for graph in draft.graphs if graph.name not in finished]) as making:
+        with Making(draft, [graph for graph in draft.graphs if graph.name not in finished]) as making:
             for graph in draft.graphs:
                 if graph.name not in finished:
                     advance(graph.name, 0)
@@ -113,7 +113,7 @@ def check_disk(output: Path, needed: int) -> None:
         )
 
 
-class _Making:
+class Making:
     """What is to be written, made in threads: tensors ahead of what writes them, and beside them the graphs.
 
     Tensors are begun in the order in which they are written, those of the graphs and then those that are files; several
@@ -134,7 +134,7 @@ class _Making:
             graph.name: self._tracer.submit(graph.make_model) for graph in graphs if graph.graph_link is None
         }
 
-    def __enter__(self) -> _Making:
+    def __enter__(self) -> Making:
         return self
 
     def __exit__(self, *exc_info: object) -> None:
@@ -155,7 +155,7 @@ class _Making:
 
 
 def _write_graph(
-    writer: BundleWriter, draft: BundleDraft, graph: GraphDraft, making: _Making, advance: Advance
+    writer: BundleWriter, draft: BundleDraft, graph: GraphDraft, making: Making, advance: Advance
 ) -> dict[str, Any]:
     data_name, graph_name = names.data_file(graph.name), names.graph_file(graph.name)
     if graph.data_link is not None:
@@ -181,7 +181,7 @@ def _write_graph(
 
 
 def _write_file(
-    writer: BundleWriter, name: str, content: bytes | Tensor | LinkedFile, making: _Making, advance: Advance
+    writer: BundleWriter, name: str, content: bytes | Tensor | LinkedFile, making: Making, advance: Advance
 ) -> None:
     if isinstance(content, bytes):
         writer.write_bytes(name, content)

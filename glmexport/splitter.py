@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from glmexport.bundle_writer import check_output
+from glmexport.bundle_writer import HashingFile, check_output
 from glmexport.checkpoint import Checkpoint, heads_equal
 from glmexport.checkpoint_draft import draft_of_checkpoint
 from glmexport.draft import BundleDraft, Notice, ignore_notice
-from glmexport.draft_writer import Advance, Resumable, check_disk, ignore_advance, new_bytes, write_bundle
+from glmexport.draft_writer import Advance, Making, Resumable, check_disk, ignore_advance, new_bytes, write_bundle
 from glmexport.equivalence import check_patch
 from glmexport.errors import BundleError, CheckpointError, ExportError
 from glmexport.interface import ARGMAX_MODES, DEFAULT_OPSET, OPSETS
@@ -57,9 +57,11 @@ def plan_split(checkpoint: Checkpoint, options: SplitOptions) -> SplitPlan:
     A head of its own is taken to equal the embedding, which only reading both would tell.
     """
     draft = _draft(checkpoint, options, tied=True, notice=ignore_notice)
-    largest_matrix = max(checkpoint.info(name).nbytes for name in checkpoint.weights.names())
-    in_flight = 8 * SLICE_BYTES  # slices being cast, hashed and written
-    return SplitPlan(draft.sizes(), LIBRARY_BYTES + largest_matrix + in_flight)
+    tables = {checkpoint.embedding_name, checkpoint.head_name}  # read in bands
+    whole = max(checkpoint.info(name).nbytes for name in checkpoint.weights.names() if name not in tables)
+    slices = Making.SLICES_AHEAD + 2  # one is being cast and one turned
+    in_flight = Making.TENSORS_AT_ONCE * (whole + slices * SLICE_BYTES) + HashingFile.BLOCKS * HashingFile.BLOCK_BYTES
+    return SplitPlan(draft.sizes(), LIBRARY_BYTES + in_flight)
 
 
 def split(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -144,3 +145,19 @@ def listing(directory: Path) -> dict[str, tuple[int, int, bytes]]:
         )
         for path in sorted(directory.rglob("*"))
     }
+
+
+class FullDisk:
+    """A file that takes `room` bytes."""
+
+    def __init__(self, file, room: int) -> None:
+        self._file, self._room = file, room
+
+    def write(self, data) -> None:
+        if len(data) > self._room:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        self._room -= len(data)
+        self._file.write(data)
+
+    def __getattr__(self, name: str):
+        return getattr(self._file, name)

@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import listing
+from conftest import FullDisk, listing
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -236,22 +236,6 @@ def test_a_bundle_stays_where_the_new_one_cannot_take_its_place(small_bundle, sm
         write_copy(small_bundle, small_copy, force=True)
     assert listing(small_copy) == before
     assert everything(small_copy.parent) == ["bundle"]
-
-
-class FullDisk:
-    """A file that takes `room` bytes."""
-
-    def __init__(self, file, room: int) -> None:
-        self._file, self._room = file, room
-
-    def write(self, data) -> None:
-        if len(data) > self._room:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        self._room -= len(data)
-        self._file.write(data)
-
-    def __getattr__(self, name: str):
-        return getattr(self._file, name)
 
 
 @pytest.mark.parametrize("room", [0, 1, 4096, 3_000_000])

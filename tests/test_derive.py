@@ -16,7 +16,7 @@ import onnx
 import pytest
 import torch
 from checkpoints import write_checkpoint
-from conftest import record_again, split_directory, write_manifest
+from conftest import FullDisk, record_again, split_directory, write_manifest
 from derived_bundles import (
     ODD,
     OPSET,
@@ -388,23 +388,6 @@ def test_a_file_that_changes_while_it_is_copied(copy, tmp_path, monkeypatch):
 
 
 # Runs that fail
-
-
-class FullDisk:
-    """A file that takes `room` bytes."""
-
-    def __init__(self, file, room: int) -> None:
-        self._file, self._room = file, room
-
-    def write(self, data) -> int:
-        if self._room <= 0:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        taken = data[: self._room]
-        self._room -= len(taken)
-        return self._file.write(taken)
-
-    def __getattr__(self, name: str):
-        return getattr(self._file, name)
 
 
 @pytest.mark.parametrize("room", [0, 5000])

@@ -7,9 +7,11 @@ import os
 
 import numpy as np
 import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 
 from glmexport import direct_file
-from glmexport.direct_file import DirectFile, page_block
+from glmexport.direct_file import DirectFile, OffsetFile, page_block
 
 
 def write(path, content: bytes, size: int = 8192) -> None:
@@ -88,4 +90,55 @@ def test_other_errors_are_raised(tmp_path, monkeypatch, code):
     with pytest.raises(OSError, match="failed"):
         file.write(page_block(4096).data)
     file.close()
+    file.close()
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory):
+    path = tmp_path_factory.mktemp("offset") / "file"
+    path.write_bytes(np.random.default_rng(5).bytes(3_000_001))
+    return path
+
+
+@pytest.mark.parametrize("direct", [False, True])
+@settings(max_examples=40, deadline=None)
+@given(offset=st.integers(0, 3_100_000), count=st.integers(0, 3_200_000))
+@example(offset=0, count=3_000_001)
+@example(offset=64, count=1 << 20)
+@example(offset=4096, count=(1 << 20) + 1)
+def test_reading_by_offset(large, direct, offset, count):
+    file = OffsetFile(large, direct)
+    found = file.read(offset, count)
+    assert file.size() == 3_000_001
+    file.close()
+    file.close()
+    assert found.tobytes() == large.read_bytes()[offset : offset + count]
+    assert found.flags.writeable
+
+
+@pytest.mark.skipif(not direct_file._DIRECT, reason="the system has no direct reads")
+@pytest.mark.parametrize("refused", ["flag", "read", "short"])
+def test_a_file_system_that_refuses_direct_reads(large, monkeypatch, refused):
+    opened, read = os.open, os.preadv
+    handles = []
+
+    def opening(path, flags, mode=0o777):
+        if flags & direct_file._DIRECT:
+            if refused == "flag":
+                raise OSError(errno.EINVAL, "no direct reads here")
+            handles.append(opened(path, flags, mode))
+            return handles[-1]
+        return opened(path, flags, mode)
+
+    def reading(handle, buffers, offset):
+        if handle in handles and refused == "read":
+            raise OSError(errno.EINVAL, "no direct reads here")
+        if handle in handles:
+            return read(handle, [buffers[0][:8192]], offset)
+        return read(handle, buffers, offset)
+
+    monkeypatch.setattr(direct_file.os, "open", opening)
+    monkeypatch.setattr(direct_file.os, "preadv", reading)
+    file = OffsetFile(large, direct=True)
+    assert file.read(100, 2 << 20).tobytes() == large.read_bytes()[100 : 100 + (2 << 20)]
     file.close()

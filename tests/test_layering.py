@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 LAYERS = (
-    ("errors", "names", "chat", "compiled", "machine"),
+    ("errors", "names", "ahead", "chat", "compiled", "machine"),
     (
         *("config", "direct_file", "export_ops", "hub", "onnx_files", "tools", "untrusted", "vocabulary"),
         *(

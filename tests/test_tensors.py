@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 import threading
-import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +22,6 @@ from glmexport.tensors import (
     FileTensor,
     SelectedRows,
     matrix_shape,
-    read_ahead,
     rows_per_slice,
 )
 from glmexport.vocabulary import VocabularyMap
@@ -110,56 +108,6 @@ def test_rows_per_slice():
     assert rows_per_slice(0) == SLICE_BYTES
 
 
-# Reading ahead
-
-
-def threads() -> list[threading.Thread]:
-    return [thread for thread in threading.enumerate() if thread.name == "read ahead"]
-
-
-def test_what_is_read_ahead_comes_in_order():
-    bands = [np.array([number]) for number in range(50)]
-    assert [int(band[0]) for band in read_ahead(iter(bands))] == list(range(50))
-    assert list(read_ahead(iter([]))) == []
-    assert threads() == []
-
-
-@pytest.mark.parametrize("error", [GlmExportError, KeyboardInterrupt, OSError])
-def test_what_reading_raises_is_raised_where_it_is_used(error):
-    def bands():
-        yield np.zeros(1)
-        raise error("while reading")
-
-    seen = []
-    with pytest.raises(error, match="while reading"):
-        seen.extend(read_ahead(bands()))
-    assert threads() == []
-
-
-def test_a_consumer_that_stops_stops_the_thread():
-    made = itertools.count()
-    reading = read_ahead((np.array([number]) for number in made), depth=2)
-    next(reading)
-    time.sleep(0.05)
-    assert threads()
-    reading.close()
-    assert threads() == []
-    assert next(made) < 10, "no more than a few were made that nobody took"
-
-
-def test_no_more_than_depth_wait():
-    made = []
-
-    def bands():
-        for number in range(20):
-            made.append(number)
-            yield np.array([number])
-
-    for taken, _ in enumerate(read_ahead(bands(), depth=3), 1):
-        time.sleep(0.002)
-        assert len(made) <= taken + 4, "three that wait and one that is being put"
-
-
 # A quantized matrix, band by band
 
 
@@ -223,4 +171,16 @@ def test_weights_that_cannot_be_quantized_are_named():
     matrix = QuantizedMatrix(InBands(value, 2), Affine(4, 32), "matmulnbits")
     with pytest.raises(GlmExportError, match="w cannot be quantized: 1 of its 80 weights are NaN or infinite"):
         list(matrix.codes())
-    assert threads() == []
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("read ahead")]
+    with pytest.raises(GlmExportError, match="w cannot be quantized"):
+        matrix.rest("scales")
+
+
+def test_scales_wait_for_the_codes():
+    value = np.random.default_rng(3).normal(size=(64, 64)).astype(np.float32)
+    matrix = QuantizedMatrix(InBands(value, 16), Affine(4, 32), "matmulnbits")
+    with ThreadPoolExecutor(1) as executor:
+        scales = executor.submit(matrix.rest, "scales")
+        assert not scales.done()
+        list(matrix.codes())
+        assert scales.result(10).shape == (64, 2)

@@ -631,3 +631,17 @@ def test_another_pickle_protocol_is_named(tmp_path, protocol):
         CheckpointError, match=f"was saved with pickle protocol {protocol}, expected at most 3; save it again"
     ):
         Weights.open(tmp_path)
+
+
+@pytest.mark.parametrize("fmt", ["safetensors", "bin"])
+def test_past_the_page_cache_the_numbers_are_the_same(tmp_path, monkeypatch, fmt):
+    monkeypatch.setattr("glmexport.weights.CACHED_SHARE", 0.0)
+    numbers = torch.arange(1_700_000, dtype=torch.float32)
+    tensors = {"odd": torch.ones(3, dtype=torch.uint8), "a": numbers, "b": numbers.half().reshape(-1, 17)}
+    if fmt == "bin":
+        save_bin(tmp_path, tensors)
+    else:
+        save_file(tensors, tmp_path / "model.safetensors")
+    with Weights.open(tmp_path) as weights:
+        assert all(same(weights.read(name), tensor) for name, tensor in tensors.items())
+        assert torch.equal(torch.cat(list(weights.read_bands("b", 50_000))), tensors["b"])
