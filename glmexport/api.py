@@ -46,6 +46,7 @@ def split(
     quantize: str | None = None,
     group_size: int | str = DEFAULT_GROUP_SIZE,
     weights: str = FLOAT32,
+    dtype: str = FLOAT32,
     force: bool = False,
     notice: Callable[[str], None] = lambda sentence: None,
 ) -> Bundle:
@@ -53,8 +54,8 @@ def split(
 
     slim: drop the image-token rows. embedding: `graph`, `bf16`, `float16`, `float32` or `shared` (with the quantized
     head). quantize: None, `int8` or `int4`; the LM head gets 8 bits. group_size: weights that share a scale, or
-    `channel`. weights: `float32`, or `float16` to halve what is not quantized, where that loses nothing. force: replace
-    an existing bundle. notice: takes sentences for the user.
+    `channel`. weights: `float32`, or `float16` to halve what is not quantized, where that loses nothing. dtype: what the
+    graphs compute in, `float32`, or `float16` for GPUs. force: replace an existing bundle. notice: takes sentences for the user.
     Raises GlmExportError; nothing is left behind then.
     """
     from glmexport.checkpoint import open_checkpoint
@@ -63,7 +64,9 @@ def split(
 
     with open_checkpoint(checkpoint, revision) as source:
         passes = _passes(slim, embedding, quantize, group_size, weights, source.config.num_blocks)
-        split_checkpoint(source, Path(output), SplitOptions(opset, passes=passes), force=force, notice=notice)
+        split_checkpoint(
+            source, Path(output), SplitOptions(opset, passes=passes, dtype=dtype), force=force, notice=notice
+        )
     return open_bundle(Path(output))
 
 

@@ -14,6 +14,7 @@ import torch
 from glmexport.checkpoint import Checkpoint
 from glmexport.config import ModelConfig
 from glmexport.draft import BundleDraft, GraphDraft, Notice, ignore_notice
+from glmexport.errors import CheckpointError
 from glmexport.form import Form
 from glmexport.graphs import GraphPart, patched_parts, stored_transposed
 from glmexport.onnx_files import Array
@@ -22,23 +23,27 @@ from glmexport.stamping import buffer_values, external_shapes, skeleton_for, sta
 from glmexport.tensors import SLICE_BYTES, ArrayTensor, Tensor, rows_per_slice
 from glmexport.tools import tool_versions
 
+FLOAT16_OVERFLOW = 65520.0
+"""Where rounding to the nearest float16 begins to give infinity; the largest float16 is 65504."""
+
 
 @dataclass(frozen=True)
 class CheckpointTensor:
-    """A tensor of a checkpoint in float32, or its transpose; a Matrix where it has two axes.
+    """A tensor of a checkpoint in float32 or float16, or its transpose; a Matrix where it has two axes.
 
-    notice: told once where a value is not finite.
+    notice: told once where a value is not finite. target: of `slices`, one of `interface.DTYPES`.
     """
 
     checkpoint: Checkpoint
     name: str
     transposed: bool
     notice: Notice
+    target: str = "float32"
 
     @property
     def dtype(self) -> str:
         """As stored in a bundle."""
-        return "float32"
+        return self.target
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -47,19 +52,36 @@ class CheckpointTensor:
         return shape[::-1] if self.transposed else shape
 
     def slices(self) -> Iterator[Array]:
-        """Consecutive float32 slices. Raises CheckpointError."""
+        """Consecutive slices. Raises CheckpointError, for a number beyond float16 where that is the target too."""
         finite = True
         for part in self._turned() if self.transposed else self._rows():
             # a sum is not finite if any element is not; overflow of the sum itself is told apart by the slow check
             if finite and not torch.isfinite(part.sum()) and not torch.isfinite(part).all():
                 finite = False
                 self.notice(f"{self.name} holds NaN or infinite values; they are exported as they are.")
-            yield part.numpy()
+            yield self._narrowed(part).numpy()
 
     def bands(self) -> Iterator[Array]:
-        """Consecutive float32 bands of rows in the checkpoint's orientation. Raises CheckpointError."""
+        """Consecutive float32 bands of rows in the checkpoint's orientation, of the stored numbers.
+
+        Raises CheckpointError.
+        """
         for part in self._rows():
-            yield part.numpy()
+            yield self._narrowed(part).float().numpy()
+
+    def _narrowed(self, part: torch.Tensor) -> torch.Tensor:
+        """A float32 slice in the target dtype, rounded to the nearest."""
+        if self.target == "float32":
+            return part
+        if self.checkpoint.info(self.name).dtype != "float16":
+            smallest, largest = torch.aminmax(part)  # either is NaN where any element is
+            if not -FLOAT16_OVERFLOW < smallest <= largest < FLOAT16_OVERFLOW:
+                beyond = part[torch.isfinite(part) & (part.abs() >= FLOAT16_OVERFLOW)]
+                if len(beyond):
+                    raise CheckpointError(
+                        f"{self.name} holds {float(beyond[0])!r}, float16 ends at 65504: leave --dtype float16 out."
+                    )
+        return part.half()
 
     def _rows(self) -> Iterator[torch.Tensor]:
         width = math.prod(self.checkpoint.info(self.name).shape[1:])
@@ -82,15 +104,20 @@ def as_float32(weights: torch.Tensor) -> torch.Tensor:
 
 
 def draft_of_checkpoint(
-    checkpoint: Checkpoint, opset: int, argmax: str, tied: bool, notice: Notice = ignore_notice
+    checkpoint: Checkpoint,
+    opset: int,
+    argmax: str,
+    tied: bool,
+    notice: Notice = ignore_notice,
+    dtype: str = "float32",
 ) -> BundleDraft:
     """What a split of `checkpoint` writes.
 
-    tied: whether head and embedding hold the same numbers (`checkpoint.heads_equal` reads both to tell).
+    dtype: what the graphs compute in (`interface.DTYPES`). tied: whether head and embedding hold the same numbers (`checkpoint.heads_equal` reads both to tell).
     notice: takes sentences for the user while tensors are read.
     """
     patch, config = checkpoint.patch, checkpoint.config
-    parts = patched_parts(patch, config, argmax)
+    parts = patched_parts(patch, config, argmax, dtype)
     dtypes = sorted({checkpoint.weights.info(name).dtype for name in checkpoint.weights.names()})
     facts = {
         "architecture": patch.name,
@@ -105,34 +132,36 @@ def draft_of_checkpoint(
     graphs = tuple(
         GraphDraft(
             name=part.name,
-            tensors=_tensors(checkpoint, part, notice),
+            tensors=_tensors(checkpoint, part, notice, dtype),
             parameters=sum(parameter.numel() for parameter in part.module.parameters()),
-            make_model=model_of_part(patch, config, part, argmax, opset),
+            make_model=model_of_part(patch, config, part, argmax, opset, dtype),
         )
         for part in parts
     )
     return BundleDraft(
-        facts, config, Form(), graphs, {path.name: path.read_bytes() for path in checkpoint.tokenizer_files}
+        facts, config, Form(dtype=dtype), graphs, {path.name: path.read_bytes() for path in checkpoint.tokenizer_files}
     )
 
 
 def model_of_part(
-    patch: ModelPatch, config: ModelConfig, part: GraphPart, argmax: str, opset: int
+    patch: ModelPatch, config: ModelConfig, part: GraphPart, argmax: str, opset: int, dtype: str
 ) -> Callable[[], onnx.ModelProto]:
     """A function that traces (once for each kind of graph) and gives the graph of a part without its weights."""
-    return partial(_model_of_part, patch, config, part, argmax, opset)
+    return partial(_model_of_part, patch, config, part, argmax, opset, dtype)
 
 
-def _model_of_part(patch: ModelPatch, config: ModelConfig, part: GraphPart, argmax: str, opset: int) -> onnx.ModelProto:
-    return stamped_graph(part, skeleton_for(patch, config, part.spec.kind, argmax, opset))
+def _model_of_part(
+    patch: ModelPatch, config: ModelConfig, part: GraphPart, argmax: str, opset: int, dtype: str
+) -> onnx.ModelProto:
+    return stamped_graph(part, skeleton_for(patch, config, part.spec.kind, argmax, opset, dtype))
 
 
-def _tensors(checkpoint: Checkpoint, part: GraphPart, notice: Notice) -> tuple[Tensor, ...]:
+def _tensors(checkpoint: Checkpoint, part: GraphPart, notice: Notice, dtype: str) -> tuple[Tensor, ...]:
     transposed = {part.checkpoint_name(slot) for slot in stored_transposed(part.module)}
     buffers = buffer_values(part)
     return tuple(
         ArrayTensor(name, buffers[name])
         if name in buffers
-        else CheckpointTensor(checkpoint, name, name in transposed, notice)
+        else CheckpointTensor(checkpoint, name, name in transposed, notice, dtype)
         for name in external_shapes(part)
     )

@@ -143,12 +143,12 @@ def examine(bundle: Bundle | None = None, *, bandwidth: bool = True) -> Report:
 def form_needs(config: ModelConfig) -> tuple[FormNeeds, ...]:
     """Every form of the table for a model of these sizes, from the shapes of its matrices.
 
-    float16 is for comparison: no bundle is stored so. Integer forms have the LM head in 8 bits and a bfloat16
+    float16 is what `split --dtype float16` makes. Integer forms have the LM head in 8 bits and a bfloat16
     embedding, which is mapped and not held.
     """
     return (
         _needs(config, "float32", 4, 4, embedding_width=4),
-        _needs(config, "float16, as checkpoints are", 2, 2, embedding_width=2),
+        _needs(config, "float16, for GPUs", 2, 2, embedding_width=2),
         _needs(config, "int8 group 128", Affine(8, 128), Affine(8, 128)),
         _needs(config, "int4 group 32", Affine(4, 32), Affine(8, 32)),
         _needs(config, "int4 group 128", Affine(4, 128), Affine(8, 128)),
@@ -162,7 +162,7 @@ def bundle_needs(bundle: Bundle) -> FormNeeds:
     read = sum(size for name, size in graphs.items() if name != names.EMBEDDING)
     scales = sum(_scales_of_record(record) for entry in bundle.graphs for record in entry["matrices"].values())
     table = bundle.form.embedding_file
-    kv_cache = config.num_blocks * kv_cache_bytes(config, 1, config.max_positions)
+    kv_cache = config.num_blocks * kv_cache_bytes(config, 1, config.max_positions, bundle.form.float_bytes)
     held = sum(graphs.values())
     disk = held + (bundle.files[table].bytes if table is not None else 0)
     name = f"this bundle, {form_in_words(bundle)}"
@@ -251,7 +251,7 @@ def _needs(
     table = vocab * hidden * (embedding_width or 2)
     mapped = 0 if embedding_width else table
     largest = max(block, last, table - mapped)
-    kv_cache = config.num_blocks * kv_cache_bytes(config, 1, config.max_positions)
+    kv_cache = config.num_blocks * kv_cache_bytes(config, 1, config.max_positions, _small_width(blocks))
     return FormNeeds(name, read + table, read + table - mapped + scales + kv_cache, largest + kv_cache, read)
 
 

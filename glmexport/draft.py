@@ -17,7 +17,7 @@ from glmexport import __version__, names
 from glmexport.bundle import SCHEMA, Bundle, LinkedFile
 from glmexport.config import ModelConfig
 from glmexport.errors import BundleError
-from glmexport.form import RAW_DTYPES, Form
+from glmexport.form import FLOAT32, RAW_DTYPES, WEIGHTS, Form
 from glmexport.graph_lint import operator_inventory
 from glmexport.interface import graph_spec
 from glmexport.onnx_files import (
@@ -170,7 +170,7 @@ class BundleDraft:
 
 def graph_entry(draft: BundleDraft, graph: GraphDraft, model: onnx.ModelProto) -> dict[str, Any]:
     """What the manifest says of a graph."""
-    spec = graph_spec(graph.name, draft.config, draft.argmax)
+    spec = graph_spec(graph.name, draft.config, draft.argmax, draft.form.dtype)
     entry: dict[str, Any] = {"name": graph.name, "kind": spec.kind}
     block_id = names.block_id_of(graph.name)
     if block_id is not None:
@@ -181,7 +181,7 @@ def graph_entry(draft: BundleDraft, graph: GraphDraft, model: onnx.ModelProto) -
         "data": names.data_file(graph.name),
         "inputs": [_plain(dataclasses.asdict(tensor)) for tensor in spec.inputs],
         "outputs": [_plain(dataclasses.asdict(tensor)) for tensor in spec.outputs],
-        "weights": _weights_in_words(matrices, draft.form.weights),
+        "weights": _weights_in_words(matrices, draft.form),
         "operators": operator_inventory(model),
         "parameters": graph.parameters,
         "transposed": sorted(tensor.name for tensor in graph.tensors if getattr(tensor, "transposed", False)),
@@ -232,9 +232,9 @@ def _constant(record: Mapping[str, Any]) -> Record:
     return lambda: record
 
 
-def _weights_in_words(matrices: Mapping[str, Mapping[str, Any]], weights: str) -> str:
+def _weights_in_words(matrices: Mapping[str, Mapping[str, Any]], form: Form) -> str:
     kinds = sorted({f"int{record['bits']}" for record in matrices.values()})
-    return ", ".join(dict.fromkeys([*kinds, weights, "float32"]))
+    return ", ".join(dict.fromkeys([*kinds, form.weights, "float32"] if form.dtype == FLOAT32 else [form.dtype]))
 
 
 def _size(content: bytes | Tensor | LinkedFile) -> int:
@@ -248,12 +248,12 @@ def _plain(tensor: dict[str, Any]) -> dict[str, Any]:
 
 
 def is_matrix(tensor: Tensor) -> bool:
-    """Whether a tensor is a float32 matrix of the model, which passes may round or quantize."""
-    return len(tensor.shape) == 2 and tensor.dtype == "float32" and hasattr(tensor, "bands")
+    """Whether a tensor is a float32 or float16 matrix of the model, which passes may round or quantize."""
+    return len(tensor.shape) == 2 and tensor.dtype in WEIGHTS and hasattr(tensor, "bands")
 
 
 def as_matrix(tensor: Tensor) -> Matrix:
     """The tensor as a Matrix. Raises BundleError where it is none."""
     if not is_matrix(tensor):
-        raise BundleError(f"{tensor.name} is {tensor.dtype} {list(tensor.shape)}, expected a float32 matrix.")
+        raise BundleError(f"{tensor.name} is {tensor.dtype} {list(tensor.shape)}, expected a matrix of floats.")
     return tensor  # type: ignore[return-value]  # what is_matrix says

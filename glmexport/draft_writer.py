@@ -173,7 +173,7 @@ def _write_graph(
         return graph_entry(draft, graph, load_graph(writer.path(graph_name)))
     model = with_tensors(making.model(graph), places)
     writer.write_bytes(graph_name, model.SerializeToString(deterministic=True))
-    spec = graph_spec(graph.name, draft.config, draft.argmax)
+    spec = graph_spec(graph.name, draft.config, draft.argmax, draft.form.dtype)
     complaints = lint_graph(writer.path(graph_name), spec, draft.opset)
     if complaints:
         raise ExportError("A graph breaks the bundle's rules, so nothing was written: " + " ".join(complaints))

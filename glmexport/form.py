@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from glmexport.config import ModelConfig, SpecialIds
 from glmexport.errors import GlmExportError
+from glmexport.interface import DTYPES
 from glmexport.recipe import FORMATS
 from glmexport.vocabulary import VocabularyMap
 
@@ -92,12 +93,22 @@ class QuantizationForm:
 
 @dataclass(frozen=True)
 class Form:
-    """All of it; the default is what a plain split makes. weights: how matrices that are not quantized are stored."""
+    """All of it; the default is what a plain split makes.
+
+    weights: how matrices that are not quantized are stored in graphs that compute in float32. dtype: what the graphs
+    compute in (`interface.DTYPES`), and so the dtype of their inputs, outputs, KV cache and weights.
+    """
 
     slim: Slim | None = None
     embedding: EmbeddingForm = EmbeddingForm()
     quantization: QuantizationForm | None = None
     weights: str = FLOAT32
+    dtype: str = FLOAT32
+
+    @property
+    def float_bytes(self) -> int:
+        """Of one number of the KV cache and of activations."""
+        return RAW_DTYPES[self.dtype].bytes
 
     @property
     def embedding_file(self) -> str | None:
@@ -122,6 +133,7 @@ class Form:
             "embedding": embedding,
             "quantization": dataclasses.asdict(self.quantization) if self.quantization else None,
             "weights": self.weights,
+            "dtype": self.dtype,
         }
 
 
@@ -130,11 +142,15 @@ def form_from_json(manifest: Mapping[str, Any]) -> Form:
     weights = manifest.get("weights", FLOAT32)  # bundles from before it could be anything else do not say
     if weights not in WEIGHTS:
         raise ValueError(f"weights is {weights!r:.80}, expected one of {', '.join(WEIGHTS)}")
+    dtype = manifest.get("dtype", FLOAT32)  # likewise
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype is {dtype!r:.80}, expected one of {', '.join(DTYPES)}")
     return Form(
         _slim(manifest["vocabulary"]),
         _embedding(manifest["embedding"]),
         _quantization(manifest["quantization"]),
         weights,
+        dtype,
     )
 
 

@@ -48,7 +48,7 @@ class GraphPool:
         self._limit, self._threads, self._read_ahead = memory_limit, threads, read_ahead
         self._providers, self._gpu_memory = providers, gpu_memory
         self.sizes = bundle.graph_sizes
-        self._gpu = () if gpu_memory is None else graphs_for_gpu(self.sizes, bundle.config, gpu_memory)
+        self._gpu = () if gpu_memory is None else self._graphs_for_gpu(gpu_memory)
         self._open: dict[str, Future[onnxruntime.InferenceSession]] = {}
         self._openers = ThreadPoolExecutor(OPENERS, "glmexport-open")
         self.placement = self.placed(0)
@@ -95,6 +95,9 @@ class GraphPool:
         return place(
             self.sizes, kv_bytes=kv_bytes, memory_limit=self._limit, gpu=self._gpu, read_ahead=self._read_ahead
         )
+
+    def _graphs_for_gpu(self, gpu_memory: int) -> tuple[str, ...]:
+        return graphs_for_gpu(self.sizes, self._bundle.config, gpu_memory, self._bundle.form.float_bytes)
 
     def _window(self, graph: str) -> list[str]:
         """The streamed graphs that may be open while `graph` runs: itself, if it is one, and the next that fit."""

@@ -81,36 +81,53 @@ class GraphPart:
         return f"{self.prefixes[attribute]}.{rest}"
 
 
-def patched_parts(patch: ModelPatch, config: ModelConfig, argmax: str) -> tuple[GraphPart, ...]:
+def patched_parts(patch: ModelPatch, config: ModelConfig, argmax: str, dtype: str = "float32") -> tuple[GraphPart, ...]:
     """The graphs of the patched model on the meta device: shapes and buffers, no weights."""
     with torch.device("meta"):
         patched = patch.apply(patch.build_reference(config))
-    return graph_parts(patch, config, patched, argmax)
+    return graph_parts(patch, config, parameters_to(patched, dtype), argmax, dtype)
 
 
-def graph_parts(patch: ModelPatch, config: ModelConfig, patched: nn.Module, argmax: str) -> tuple[GraphPart, ...]:
-    """Every graph of a patched model, in the order in which data flows: embedding, blocks, LM head."""
+def parameters_to(model: nn.Module, dtype: str) -> nn.Module:
+    """`model` with its parameters cast to `dtype`, in place; returns it.
+
+    Buffers stay as the patch made them: angles and guards are float32 in a float16 model too.
+    """
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(getattr(torch, dtype))
+    return model
+
+
+def graph_parts(
+    patch: ModelPatch, config: ModelConfig, patched: nn.Module, argmax: str, dtype: str = "float32"
+) -> tuple[GraphPart, ...]:
+    """Every graph of a patched model, in the order in which data flows: embedding, blocks, LM head.
+
+    dtype: of the parameters of `patched`, one of `interface.DTYPES`.
+    """
     embedding = GraphPart(
         names.EMBEDDING,
-        interface.embedding_spec(config),
+        interface.embedding_spec(config, dtype),
         EmbeddingGraph(patched.get_submodule(patch.embedding)),
         {"word_embeddings": patch.embedding},
     )
-    blocks = tuple(block_part(patch, config, patched, block_id) for block_id in range(config.num_blocks))
+    blocks = tuple(block_part(patch, config, patched, block_id, dtype) for block_id in range(config.num_blocks))
     head = GraphPart(
         names.HEAD,
-        interface.head_spec(config, argmax),
+        interface.head_spec(config, argmax, dtype),
         LmHeadGraph(patched.get_submodule(patch.final_norm), patched.get_submodule(patch.head), argmax),
         {"final_norm": patch.final_norm, "lm_head": patch.head},
     )
     return (embedding, *blocks, head)
 
 
-def block_part(patch: ModelPatch, config: ModelConfig, patched: nn.Module, block_id: int) -> GraphPart:
+def block_part(
+    patch: ModelPatch, config: ModelConfig, patched: nn.Module, block_id: int, dtype: str = "float32"
+) -> GraphPart:
     """The graph of one block of a patched model."""
     path = patch.block.format(block_id=block_id)
     block = BlockGraph(patched.get_submodule(path))
-    return GraphPart(names.block_name(block_id), interface.block_spec(config), block, {"block": path})
+    return GraphPart(names.block_name(block_id), interface.block_spec(config, dtype), block, {"block": path})
 
 
 def stored_transposed(module: nn.Module) -> frozenset[str]:

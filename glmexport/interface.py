@@ -22,6 +22,9 @@ DEFAULT_OPSET = 18
 """The lowest opset that torch's maintained exporter writes: LayerNormalization is one node, onnxruntime fuses all it
 needs, and MNN's converter takes it; a later opset only narrows the set of runtimes that read the file."""
 
+DTYPES = ("float32", "float16")
+"""What graphs compute in: the dtype of their weights and of everything between them that is no id, mask or position."""
+
 ARGMAX_MODES = ("none", "also", "only")
 """What the LM head gives: logits; logits and `token_id`; `token_id` alone."""
 
@@ -58,51 +61,51 @@ def value_info(tensor: TensorSpec) -> onnx.ValueInfoProto:
     return onnx.helper.make_tensor_value_info(tensor.name, dtype, tensor.shape)
 
 
-def graph_spec(graph: str, config: ModelConfig, argmax: str) -> GraphSpec:
-    """The signature of the graph of that name."""
+def graph_spec(graph: str, config: ModelConfig, argmax: str, dtype: str = "float32") -> GraphSpec:
+    """The signature of the graph of that name. dtype: one of `DTYPES`, here and below."""
     kind = names.graph_kind(graph)
     if kind == names.KIND_HEAD:
-        return head_spec(config, argmax)
-    return embedding_spec(config) if kind == names.KIND_EMBEDDING else block_spec(config)
+        return head_spec(config, argmax, dtype)
+    return embedding_spec(config, dtype) if kind == names.KIND_EMBEDDING else block_spec(config, dtype)
 
 
-def embedding_spec(config: ModelConfig) -> GraphSpec:
+def embedding_spec(config: ModelConfig, dtype: str = "float32") -> GraphSpec:
     """`input_ids` [batch, seq] -> `inputs_embeds` [seq, batch, hidden]."""
     return GraphSpec(
         names.KIND_EMBEDDING,
         (TensorSpec(names.INPUT_IDS, "int64", (names.BATCH, names.SEQ)),),
-        (TensorSpec(names.INPUTS_EMBEDS, "float32", (names.SEQ, names.BATCH, config.hidden_size)),),
+        (TensorSpec(names.INPUTS_EMBEDS, dtype, (names.SEQ, names.BATCH, config.hidden_size)),),
     )
 
 
-def block_spec(config: ModelConfig) -> GraphSpec:
+def block_spec(config: ModelConfig, dtype: str = "float32") -> GraphSpec:
     """Hidden states, mask (True hides), positions and KV cache in; hidden states and grown KV cache out."""
     hidden = (names.SEQ, names.BATCH, config.hidden_size)
     heads = (names.BATCH, config.num_heads, config.head_dim)
     return GraphSpec(
         names.KIND_BLOCK,
         (
-            TensorSpec(names.INPUTS_EMBEDS, "float32", hidden),
+            TensorSpec(names.INPUTS_EMBEDS, dtype, hidden),
             TensorSpec(names.ATTENTION_MASK, "bool", (names.BATCH, 1, names.SEQ, names.TOTAL)),
             TensorSpec(names.POSITION_IDS, "int64", (names.BATCH, 2, names.SEQ)),
-            TensorSpec(names.PAST, "float32", (2, names.PAST_LENGTH, *heads)),
+            TensorSpec(names.PAST, dtype, (2, names.PAST_LENGTH, *heads)),
         ),
         (
-            TensorSpec(names.HIDDEN_STATES, "float32", hidden),
-            TensorSpec(names.PRESENTS, "float32", (2, names.TOTAL, *heads)),
+            TensorSpec(names.HIDDEN_STATES, dtype, hidden),
+            TensorSpec(names.PRESENTS, dtype, (2, names.TOTAL, *heads)),
         ),
     )
 
 
-def head_spec(config: ModelConfig, argmax: str = "none") -> GraphSpec:
+def head_spec(config: ModelConfig, argmax: str = "none", dtype: str = "float32") -> GraphSpec:
     """`hidden_states` [seq, batch, hidden] -> `logits` [batch, vocab] of the last position and/or `token_id` [batch].
 
     Raises GlmExportError for an unknown `argmax`.
     """
-    logits = TensorSpec(names.LOGITS, "float32", (names.BATCH, config.vocab_size))
+    logits = TensorSpec(names.LOGITS, dtype, (names.BATCH, config.vocab_size))
     token = TensorSpec(names.TOKEN_ID, "int64", (names.BATCH,))
     outputs = {"none": (logits,), "also": (logits, token), "only": (token,)}
     if argmax not in outputs:
         raise GlmExportError(f"argmax must be one of {', '.join(ARGMAX_MODES)}, found {argmax!r}.")
-    hidden = TensorSpec(names.HIDDEN_STATES, "float32", (names.SEQ, names.BATCH, config.hidden_size))
+    hidden = TensorSpec(names.HIDDEN_STATES, dtype, (names.SEQ, names.BATCH, config.hidden_size))
     return GraphSpec(names.KIND_HEAD, (hidden,), outputs[argmax])

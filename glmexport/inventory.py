@@ -42,8 +42,10 @@ def bundle_inventory(directory: Path) -> dict[str, Any]:
 
 
 def form_in_words(bundle: Bundle) -> str:
-    """`float32`, or what the passes made: `slim 1856, bfloat16 embedding, int4 and int8 matmulnbits`."""
+    """`float32` or `float16`, or what passes made: `slim 1856, bfloat16 embedding, int4 and int8 matmulnbits`."""
     form, words = bundle.form, []
+    if form.dtype != FLOAT32:
+        words.append(form.dtype)
     if form.slim is not None:
         words.append(f"slim {bundle.config.vocab_size} of {form.slim.vocabulary.full_size} rows")
     if form.embedding.kind == RAW:

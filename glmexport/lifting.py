@@ -17,11 +17,11 @@ def lifted(draft: BundleDraft, opset: int) -> BundleDraft:
     patch = next((patch for patch in all_patches() if patch.name == architecture), None)
     if patch is None:
         raise BundleError(f"The bundle's architecture {architecture!r:.80} is not one this glmexport knows.")
-    parts = {part.name: part for part in patched_parts(patch, draft.config, draft.argmax)}
+    parts = {part.name: part for part in patched_parts(patch, draft.config, draft.argmax, draft.form.dtype)}
     graphs = tuple(
         dataclasses.replace(
             graph,
-            make_model=model_of_part(patch, draft.config, parts[graph.name], draft.argmax, opset),
+            make_model=model_of_part(patch, draft.config, parts[graph.name], draft.argmax, opset, draft.form.dtype),
             graph_link=None,
         )
         for graph in draft.graphs

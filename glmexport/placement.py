@@ -14,7 +14,7 @@ from glmexport import names
 from glmexport.config import ModelConfig
 
 FLOAT_BYTES = 4
-"""KV cache and activations are float32."""
+"""Of KV cache and activations, where a bundle is not float16."""
 
 READ_AHEAD = 2
 """Streamed graphs opened beyond the one that runs: the next one is ready when its turn comes, the one after it is being
@@ -50,31 +50,34 @@ class GpuNeeds:
     block: int
 
 
-def kv_cache_bytes(config: ModelConfig, batch: int, length: int) -> int:
-    """Keys and values of one block for so many rows and places."""
-    return 2 * length * batch * config.hidden_size * FLOAT_BYTES
+def kv_cache_bytes(config: ModelConfig, batch: int, length: int, float_bytes: int = FLOAT_BYTES) -> int:
+    """Keys and values of one block for so many rows and places. float_bytes: of one number."""
+    return 2 * length * batch * config.hidden_size * float_bytes
 
 
-def gpu_needs(config: ModelConfig, length: int) -> GpuNeeds:
+def gpu_needs(config: ModelConfig, length: int, float_bytes: int = FLOAT_BYTES) -> GpuNeeds:
     """What a GPU needs beside weights to prefill a prompt of `length` tokens and to decode up to that length.
 
     Each block has room for its KV cache, though that is copied there and back at every token as yet. Whichever block
     runs has its past and its presents at once, and the larger of attention (scores before and after the softmax, query,
     key and value as they are turned) and MLP (input, tanh and output of the activation), beside hidden states in and
-    out.
+    out. float_bytes: of a number of KV cache and activations; scores are float32 all the same.
     """
-    attention = 2 * config.num_heads * length + 6 * config.hidden_size
-    activations = length * (max(attention, 3 * config.inner_size) + 2 * config.hidden_size) * FLOAT_BYTES
-    kv_cache = kv_cache_bytes(config, 1, length)
+    attention = 2 * config.num_heads * length * FLOAT_BYTES + 6 * config.hidden_size * float_bytes
+    largest = max(attention, 3 * config.inner_size * float_bytes)
+    activations = length * (largest + 2 * config.hidden_size * float_bytes)
+    kv_cache = kv_cache_bytes(config, 1, length, float_bytes)
     return GpuNeeds(PROVIDER_BYTES + activations + kv_cache, kv_cache)
 
 
-def graphs_for_gpu(sizes: Mapping[str, int], config: ModelConfig, gpu_memory: int) -> tuple[str, ...]:
+def graphs_for_gpu(
+    sizes: Mapping[str, int], config: ModelConfig, gpu_memory: int, float_bytes: int = FLOAT_BYTES
+) -> tuple[str, ...]:
     """The graphs that a GPU with so many bytes free takes: as many blocks as fit, from the first; after them the head.
 
     Hidden states cross between devices once then. sizes: bytes of every graph, in the order of the data.
     """
-    needs = gpu_needs(config, config.max_positions)
+    needs = gpu_needs(config, config.max_positions, float_bytes)
     free = gpu_memory - needs.fixed
     taken: list[str] = []
     for name, size in sizes.items():

@@ -28,7 +28,7 @@ MAX_THREADS = 1024
 
 Array = npt.NDArray[Any]
 Pasts = list[Array]
-"""KV cache of every block, each float32 [2, total, batch, heads, head_dim]."""
+"""KV cache of every block, each [2, total, batch, heads, head_dim] of the bundle's dtype."""
 
 
 class Session:
@@ -44,6 +44,7 @@ class Session:
     read_ahead: streamed graphs to open beyond the one that runs, where the limit has room.
 
     Nothing is opened before it is needed, unless `load` is called. Rows of a raw embedding are mapped and not counted.
+    Hidden states, KV cache and logits are of the bundle's dtype (`bundle.form.dtype`), float32 or float16.
     Raises BundleError: no bundle; GlmExportError: sizes or threads that are none.
     """
 
@@ -125,10 +126,10 @@ class Session:
 
     def kv_bytes(self, batch: int, length: int) -> int:
         """Bytes of the KV cache of all blocks for so many rows and places."""
-        return self.config.num_blocks * kv_cache_bytes(self.config, batch, length)
+        return self.config.num_blocks * kv_cache_bytes(self.config, batch, length, self.bundle.form.float_bytes)
 
     def forward(self, input_ids: Array, attention_mask: Array, position_ids: Array, pasts: Pasts) -> Array:
-        """Run embedding and blocks; returns hidden states float32 [seq, batch, hidden] and grows `pasts` in place.
+        """Run embedding and blocks; returns hidden states [seq, batch, hidden] and grows `pasts` in place.
 
         input_ids: int64 [batch, seq]; attention_mask: bool [batch, 1, seq, total], True hides; position_ids: int64
         [batch, 2, seq]; pasts: one KV cache a block, as `empty_pasts` gives and earlier calls grew. Raises BundleError.
@@ -145,11 +146,11 @@ class Session:
         return [self.empty_past(batch) for _ in range(self.config.num_blocks)]
 
     def empty_past(self, batch: int) -> Array:
-        """A KV cache of length 0: float32 [2, 0, batch, heads, head_dim]."""
-        return np.zeros((2, 0, batch, self.config.num_heads, self.config.head_dim), np.float32)
+        """A KV cache of length 0: [2, 0, batch, heads, head_dim]."""
+        return np.zeros((2, 0, batch, self.config.num_heads, self.config.head_dim), self.bundle.form.dtype)
 
     def embed(self, input_ids: Array) -> Array:
-        """input_ids int64 [batch, seq] -> float32 [seq, batch, hidden]; raises BundleError for ids without a row."""
+        """input_ids int64 [batch, seq] -> [seq, batch, hidden]; raises BundleError for ids without a row."""
         vocab_size = self.config.vocab_size
         if input_ids.size and not (input_ids.min() >= 0 and input_ids.max() < vocab_size):
             raise BundleError(
@@ -157,7 +158,8 @@ class Session:
             )
         if self.bundle.form.embedding.kind == GRAPH:
             return self._run(names.EMBEDDING, {names.INPUT_IDS: input_ids})[names.INPUTS_EMBEDS]
-        return self._rows(input_ids.T.reshape(-1)).reshape(*input_ids.T.shape, self.config.hidden_size)
+        rows = self._rows(input_ids.T.reshape(-1)).reshape(*input_ids.T.shape, self.config.hidden_size)
+        return rows.astype(self.bundle.form.dtype, copy=False)
 
     def block(
         self, block_id: int, hidden: Array, attention_mask: Array, position_ids: Array, past: Array
@@ -182,7 +184,7 @@ class Session:
 
     def _run(self, graph: str, feeds: Mapping[str, Array]) -> dict[str, Array]:
         session = self._pool.get(graph)
-        spec = graph_spec(graph, self.config, self.bundle.argmax)
+        spec = graph_spec(graph, self.config, self.bundle.argmax, self.bundle.form.dtype)
         outputs = [output.name for output in spec.outputs]
         try:
             values = session.run(outputs, dict(feeds))

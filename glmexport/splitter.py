@@ -15,7 +15,7 @@ from glmexport.draft import BundleDraft, Notice, ignore_notice
 from glmexport.draft_writer import Advance, Making, Resumable, check_disk, ignore_advance, new_bytes, write_bundle
 from glmexport.equivalence import check_patch
 from glmexport.errors import BundleError, CheckpointError, ExportError
-from glmexport.interface import ARGMAX_MODES, DEFAULT_OPSET, OPSETS
+from glmexport.interface import ARGMAX_MODES, DEFAULT_OPSET, DTYPES, OPSETS
 from glmexport.passes import Pass
 from glmexport.tensors import SLICE_BYTES
 
@@ -25,17 +25,23 @@ LIBRARY_BYTES = 850 << 20
 
 @dataclass(frozen=True)
 class SplitOptions:
-    """opset: of every graph. argmax: what the LM head gives (`interface.ARGMAX_MODES`). passes: to the final form."""
+    """opset: of every graph. argmax: what the LM head gives (`interface.ARGMAX_MODES`). passes: to the final form.
+
+    dtype: what the graphs compute in (`interface.DTYPES`).
+    """
 
     opset: int = DEFAULT_OPSET
     argmax: str = "none"
     passes: tuple[Pass, ...] = ()
+    dtype: str = "float32"
 
     def __post_init__(self) -> None:
         if self.opset not in OPSETS:
             raise ExportError(f"Opset {self.opset} cannot be exported, expected {OPSETS.start} to {OPSETS.stop - 1}.")
         if self.argmax not in ARGMAX_MODES:
             raise ExportError(f"argmax must be one of {', '.join(ARGMAX_MODES)}, found {self.argmax!r}.")
+        if self.dtype not in DTYPES:
+            raise ExportError(f"dtype must be one of {', '.join(DTYPES)}, found {self.dtype!r:.40}.")
 
 
 @dataclass(frozen=True)
@@ -123,7 +129,7 @@ def _identity(draft: BundleDraft) -> dict[str, Any]:
 
 
 def _draft(checkpoint: Checkpoint, options: SplitOptions, tied: bool, notice: Notice) -> BundleDraft:
-    draft = draft_of_checkpoint(checkpoint, options.opset, options.argmax, tied, notice)
+    draft = draft_of_checkpoint(checkpoint, options.opset, options.argmax, tied, notice, options.dtype)
     transforms = [transform.name for transform in checkpoint.patch.transforms]
     draft = draft.with_step("split", opset=options.opset, argmax=options.argmax, transforms=transforms)
     for step in options.passes:

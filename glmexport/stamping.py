@@ -15,9 +15,11 @@ from glmexport.trace import Skeleton, trace
 
 
 @lru_cache(maxsize=16)
-def skeleton_for(patch: ModelPatch, config: ModelConfig, kind: str, argmax: str, opset: int) -> Skeleton:
+def skeleton_for(
+    patch: ModelPatch, config: ModelConfig, kind: str, argmax: str, opset: int, dtype: str = "float32"
+) -> Skeleton:
     """The skeleton of one kind of graph of a model; traced once in a process."""
-    part = next(part for part in patched_parts(patch, config, argmax) if part.spec.kind == kind)
+    part = next(part for part in patched_parts(patch, config, argmax, dtype) if part.spec.kind == kind)
     return trace(part.module, part.spec, opset)
 
 

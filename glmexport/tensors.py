@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+import numpy as np
+
 from glmexport.onnx_files import FOUR_BITS, Array, ExternalTensor, as_bytes, read_band
 from glmexport.vocabulary import VocabularyMap
 
@@ -34,7 +36,7 @@ class Tensor(Protocol):
 
 
 class Matrix(Tensor, Protocol):
-    """A float32 tensor of a model; where `transposed`, a matrix stored [in, out] that the checkpoint has [out, in]."""
+    """A float32 or float16 tensor of a model; where `transposed`, a matrix stored [in, out] that the checkpoint has [out, in]."""
 
     @property
     def transposed(self) -> bool: ...
@@ -111,10 +113,10 @@ class FileTensor:
     def bands(self) -> Iterator[Array]:
         """Bands in the checkpoint's orientation; a transposed matrix is read whole. Raises BundleError."""
         if not self.transposed:
-            yield from self.slices()
+            yield from (rows.astype(np.float32, copy=False) for rows in self.slices())
             return
         inputs, outputs = self.shape
-        whole = read_band(self.directory, self.place, 0, inputs)
+        whole = read_band(self.directory, self.place, 0, inputs).astype(np.float32, copy=False)
         step = rows_per_slice(inputs)
         for start in range(0, outputs, step):
             yield whole[:, start : start + step].T
@@ -153,5 +155,5 @@ class SelectedRows:
                 yield kept
 
     def bands(self) -> Iterator[Array]:
-        """As `slices`."""
-        return self.slices()
+        """As `slices`, in float32."""
+        return (rows.astype(np.float32, copy=False) for rows in self.slices())

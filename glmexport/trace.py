@@ -27,6 +27,9 @@ from glmexport.interface import DEFAULT_OPSET, OPSETS, GraphSpec, TensorSpec, va
 FIRST_DYNAMO_OPSET = 18
 """Asked for less, torch's torch.export-based exporter silently gives 18; below it the TorchScript exporter is used."""
 
+FIRST_NORM_OPSET = 17
+"""LayerNormalization is one operator from here on, which computes in float32 inside; below, it is several."""
+
 TRACED_LENGTHS = {"batch": 2, "seq": 3, "past": 4, "total": 7}
 """Sizes of the dynamic axes while tracing: distinct, so that no two axes are taken for one."""
 
@@ -86,7 +89,10 @@ def _trace_dynamo(module: nn.Module, spec: GraphSpec, opset: int) -> onnx.ModelP
 def _trace_torchscript(module: nn.Module, spec: GraphSpec, opset: int) -> onnx.ModelProto:
     export_ops.register_torchscript_translations(opset)
     file = io.BytesIO()
-    functional = _WeightsAsInputs(copy.deepcopy(module).to("meta"), len(spec.inputs))
+    copied = copy.deepcopy(module).to("meta")
+    if opset < FIRST_NORM_OPSET:
+        _widen_norms(copied)
+    functional = _WeightsAsInputs(copied, len(spec.inputs))
     torch.onnx.export(
         functional,
         (*(_example(tensor) for tensor in spec.inputs), *functional.weights.values()),
@@ -99,6 +105,28 @@ def _trace_torchscript(module: nn.Module, spec: GraphSpec, opset: int) -> onnx.M
         dynamic_axes={tensor.name: tensor.dynamic_axes for tensor in (*spec.inputs, *spec.outputs)},
     )
     return onnx.load_from_string(file.getvalue())
+
+
+class _WideNorm(nn.Module):
+    """A layer norm in float32 whatever its input is, as torch computes it: squares of float16 numbers overflow."""
+
+    def __init__(self, norm: nn.LayerNorm) -> None:
+        super().__init__()
+        self.weight, self.bias = norm.weight, norm.bias
+        self._shape, self._epsilon = norm.normalized_shape, norm.eps
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        """As of the norm, of the input's dtype."""
+        weight, bias = self.weight.float(), self.bias.float()
+        return nn.functional.layer_norm(states.float(), self._shape, weight, bias, self._epsilon).to(states.dtype)
+
+
+def _widen_norms(module: nn.Module) -> None:
+    """Replace every layer norm with float16 parameters below `module`, in place."""
+    for name, child in [*module.named_modules()]:
+        if isinstance(child, nn.LayerNorm) and child.weight.dtype == torch.float16:
+            parent, _, own = name.rpartition(".")
+            setattr(module.get_submodule(parent), own, _WideNorm(child))
 
 
 class _WeightsAsInputs(nn.Module):

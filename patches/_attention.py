@@ -48,8 +48,8 @@ class MatMulAttention(nn.Module):
         query: [seq, batch, heads, head_dim]; key, value: [total, batch, heads, head_dim]; attention_mask: bool
         [batch, 1, seq, total], True hides.
         """
-        scale = self.layer_scale.to(query.dtype)
-        query = query / (scale * math.sqrt(self.head_dim))
+        # a float16 divisor would be rounded, and not cancel what multiplies the scores
+        query = (query.float() / (self.layer_scale * math.sqrt(self.head_dim))).to(value.dtype)
         scores = query.permute(1, 2, 0, 3) @ key.permute(1, 2, 3, 0)  # [batch, heads, seq, total]
         scores = scores.masked_fill(attention_mask, -10000.0).float() * self.layer_scale
         weights = scores.softmax(dim=-1).to(value.dtype)

@@ -176,7 +176,7 @@ def print_plan(session: Session) -> None:
         count = sum(session.graph_sizes[name] for name in graphs)
         console.print(f"{device:<10}{len(graphs)} graphs, {size_in_words(count)}")
     if start.gpu:
-        needs = gpu_needs(config, config.max_positions)
+        needs = gpu_needs(config, config.max_positions, session.bundle.form.float_bytes)
         reserve = needs.fixed + needs.block * sum(name != names.HEAD for name in start.gpu)
         console.print(f"          {size_in_words(reserve)} of GPU memory beside them, for KV cache and activations")
     each, most = session.kv_bytes(1, 1), session.kv_bytes(1, config.max_positions)

@@ -17,7 +17,7 @@ from glmexport.cli.derived import embedding_in_words
 from glmexport.cli.pass_options import EMBEDDINGS, passes_of_options, quantize_options, rounding_option, slim_options
 from glmexport.cli.quantize import show_report
 from glmexport.form import FLOAT32, GRAPH, SHARED, WEIGHTS
-from glmexport.interface import ARGMAX_MODES, DEFAULT_OPSET, OPSETS
+from glmexport.interface import ARGMAX_MODES, DEFAULT_OPSET, DTYPES, OPSETS
 from glmexport.sizes import size_in_words
 
 
@@ -52,6 +52,13 @@ class SplitCommand(click.Command):
     show_default=True,
     help="Add the greedy `token_id` to the LM head, or give it alone (`only`).",
 )
+@click.option(
+    "--dtype",
+    type=click.Choice(DTYPES),
+    default=FLOAT32,
+    show_default=True,
+    help="What the graphs compute in; float16, for GPUs, halves weights, KV cache and activations.",
+)
 @click.option("--slim", is_flag=True, help="Drop the image-token rows, as `glmexport slim` does.")
 @slim_options
 @click.option(
@@ -82,6 +89,7 @@ def command(
     revision: str | None,
     opset: int,
     argmax: str,
+    dtype: str,
     force: bool,
     resume: bool,
     dry_run: bool,
@@ -105,6 +113,7 @@ def command(
     Examples:
       glmexport split chatglm-6b/ -o bundle/
       glmexport split chatglm-6b/ -o int4/ --slim --embedding bf16 --quantize int4
+      glmexport split chatglm-6b/ -o half/ --dtype float16
       glmexport split chatglm-6b/ -o bundle/ --dry-run
       glmexport split zai-org/chatglm-6b --revision v1.1.0 -o bundle/ --argmax --verify
     """
@@ -119,7 +128,7 @@ def command(
     if not dry_run:
         check_output(bundle, force=force)  # before a hub download that might take hours
     with open_checkpoint(checkpoint, revision) as source:
-        split_options = SplitOptions(opset, argmax, passes_of_options(options, source.config.num_blocks))
+        split_options = SplitOptions(opset, argmax, passes_of_options(options, source.config.num_blocks), dtype)
         check_apart(source.directory, bundle)
         plan = plan_split(source, split_options)
         if dry_run:

@@ -9,7 +9,7 @@ from glmexport.affine import Affine
 from glmexport.draft import GRAPH_FILE_BYTES, BundleDraft, ignore_notice
 from glmexport.errors import RecipeError
 from glmexport.form import QuantizationForm
-from glmexport.passes.quantize_weights import QuantizePass, matrices_of
+from glmexport.passes.quantize_weights import QuantizePass, demand_quantizable, matrices_of
 from glmexport.quantized import QuantizedMatrix
 from glmexport.recipe import Recipe, Rule
 from glmexport.tensors import matrix_shape
@@ -39,6 +39,7 @@ def choose_recipe(
     its error reaches the logits undiluted; then the others, most squared relative error a byte first. advance: takes
     (matrix, bytes of float32 read). Raises RecipeError where int4 everywhere is too large already.
     """
+    demand_quantizable(draft)
     choices = []
     for block_id, matrix in matrices_of(draft):
         outputs, inputs = matrix_shape(matrix)

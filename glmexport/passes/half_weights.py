@@ -27,6 +27,8 @@ class HalfWeightsPass:
         """The draft with matrices at half their size. Raises BundleError where they have it already."""
         if draft.form.weights == FLOAT16:
             raise BundleError("The bundle's weights are float16 already; nothing is left to halve.")
+        if draft.form.dtype == FLOAT16:
+            raise BundleError("The graphs are float16 as a whole, their weights too; leave --weights float16 out.")
         changed = dataclasses.replace(draft, form=dataclasses.replace(draft.form, weights=FLOAT16))
         for graph in draft.graphs:
             changed = changed.with_graph(_halved(graph))

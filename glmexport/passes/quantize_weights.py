@@ -32,16 +32,7 @@ class QuantizePass:
 
     def apply(self, draft: BundleDraft, notice: Notice) -> BundleDraft:
         """The quantized draft. Raises BundleError where it is quantized already, RecipeError for a gap in the rules."""
-        if draft.form.quantization is not None:
-            raise BundleError(
-                f"The bundle is quantized already ({draft.form.quantization.format}); quantize the float32 bundle it "
-                f"was made from instead: rounding twice only adds errors."
-            )
-        if draft.form.weights == FLOAT16:
-            raise BundleError(
-                "The bundle's weights are stored as float16, which is for bundles that stay as they are; quantize the "
-                "float32 bundle, or split with --quantize."
-            )
+        demand_quantizable(draft)
         for number in self.recipe.unused((matrix.name, block_id) for block_id, matrix in matrices_of(draft)):
             notice(f"Rule {number} of the recipe decides about no matrix.")
         if self.form.format == "qdq" and draft.opset < MIN_QDQ_OPSET:
@@ -76,6 +67,25 @@ class QuantizePass:
 
         records = {name: matrix.record for name, matrix in chosen.items()}
         return graph.changed(tensors=tuple(tensors), make_model=make_model, matrices=records)
+
+
+def demand_quantizable(draft: BundleDraft) -> None:
+    """Raise BundleError where the draft's matrices are not those of float32 graphs, stored as float32."""
+    if draft.form.quantization is not None:
+        raise BundleError(
+            f"The bundle is quantized already ({draft.form.quantization.format}); quantize the float32 bundle it "
+            f"was made from instead: rounding twice only adds errors."
+        )
+    if draft.form.weights == FLOAT16:
+        raise BundleError(
+            "The bundle's weights are stored as float16, which is for bundles that stay as they are; quantize the "
+            "float32 bundle, or split with --quantize."
+        )
+    if draft.form.dtype == FLOAT16:
+        raise BundleError(
+            "The graphs compute in float16, and quantized products are made for float32 activations: split with "
+            "--quantize or with --dtype float16, not both."
+        )
 
 
 def matrices_of(draft: BundleDraft) -> Iterator[tuple[int | None, Matrix]]:

@@ -128,7 +128,7 @@ def _slim_graph(draft: BundleDraft, graph: GraphDraft, vocabulary: VocabularyMap
     """The embedding or head, with the kept rows: what has two axes or more has the vocabulary on the first."""
     tensors = tuple(SelectedRows(tensor, vocabulary) if len(tensor.shape) > 1 else tensor for tensor in graph.tensors)
     dropped = (vocabulary.full_size - vocabulary.size) * draft.config.hidden_size
-    outputs = graph_spec(graph.name, draft.config, draft.argmax).outputs
+    outputs = graph_spec(graph.name, draft.config, draft.argmax, draft.form.dtype).outputs
 
     def make_model() -> onnx.ModelProto:
         model = graph.make_model()

@@ -93,7 +93,7 @@ def _lint(bundle: Bundle, advance: Advance) -> Iterator[Row]:
     failed = False
     for graph in bundle.graphs:
         try:
-            spec = graph_spec(graph["name"], bundle.config, bundle.argmax)
+            spec = graph_spec(graph["name"], bundle.config, bundle.argmax, bundle.form.dtype)
             complaints = lint_graph(bundle.path(graph["file"]), spec, bundle.opset)
         except BundleError as error:
             complaints = [str(error)]
