@@ -54,8 +54,9 @@ def split(
 
     slim: drop the image-token rows. embedding: `graph`, `bf16`, `float16`, `float32` or `shared` (with the quantized
     head). quantize: None, `int8` or `int4`; the LM head gets 8 bits. group_size: weights that share a scale, or
-    `channel`. weights: `float32`, or `float16` to halve what is not quantized, where that loses nothing. dtype: what the
-    graphs compute in, `float32`, or `float16` for GPUs. force: replace an existing bundle. notice: takes sentences for the user.
+    `channel`. weights: `float32`, or `float16` to halve what is not quantized, where that loses nothing. dtype: what
+    the graphs compute in, `float32`, or `float16` for GPUs. force: replace an existing bundle. notice: takes sentences
+    for the user.
     Raises GlmExportError; nothing is left behind then.
     """
     from glmexport.checkpoint import open_checkpoint

@@ -113,8 +113,8 @@ def draft_of_checkpoint(
 ) -> BundleDraft:
     """What a split of `checkpoint` writes.
 
-    dtype: what the graphs compute in (`interface.DTYPES`). tied: whether head and embedding hold the same numbers (`checkpoint.heads_equal` reads both to tell).
-    notice: takes sentences for the user while tensors are read.
+    tied: whether head and embedding hold the same numbers (`checkpoint.heads_equal` reads both to tell).
+    notice: takes sentences for the user while tensors are read. dtype: what the graphs compute in (`interface.DTYPES`).
     """
     patch, config = checkpoint.patch, checkpoint.config
     parts = patched_parts(patch, config, argmax, dtype)

@@ -22,7 +22,7 @@ from glmexport.bundle import Bundle
 from glmexport.config import ModelConfig, SpecialIds
 from glmexport.inventory import form_in_words
 from glmexport.machine import INTEGER_PRODUCTS, Cpu, Memory, read_bandwidth, read_cpu, read_memory
-from glmexport.placement import FLOAT_BYTES, kv_cache_bytes
+from glmexport.placement import FLOAT_BYTES, held_on_cpu, kv_cache_bytes
 from glmexport.recipe import affine_of_record
 from glmexport.sizes import size_in_words
 
@@ -141,14 +141,14 @@ def examine(bundle: Bundle | None = None, *, bandwidth: bool = True) -> Report:
 
 
 def form_needs(config: ModelConfig) -> tuple[FormNeeds, ...]:
-    """Every form of the table for a model of these sizes, from the shapes of its matrices.
+    """Every form of the table for a model of these sizes, from the shapes of its matrices, run on the CPU.
 
-    float16 is what `split --dtype float16` makes. Integer forms have the LM head in 8 bits and a bfloat16
-    embedding, which is mapped and not held.
+    float16 is what `split --dtype float16` makes, for GPUs: a CPU holds and reads its matrices in float32. Integer
+    forms have the LM head in 8 bits and a bfloat16 embedding, which is mapped and not held.
     """
     return (
         _needs(config, "float32", 4, 4, embedding_width=4),
-        _needs(config, "float16, for GPUs", 2, 2, embedding_width=2),
+        _needs(config, "float16, for GPUs", 2, 2, embedding_width=2, copies=2),
         _needs(config, "int8 group 128", Affine(8, 128), Affine(8, 128)),
         _needs(config, "int4 group 32", Affine(4, 32), Affine(8, 32)),
         _needs(config, "int4 group 128", Affine(4, 128), Affine(8, 128)),
@@ -158,13 +158,14 @@ def form_needs(config: ModelConfig) -> tuple[FormNeeds, ...]:
 def bundle_needs(bundle: Bundle) -> FormNeeds:
     """What a bundle needs as it is, by the sizes of its files."""
     config = bundle.config
-    graphs = bundle.graph_sizes
+    files = bundle.graph_sizes
+    graphs = held_on_cpu(files, bundle.form.float_bytes)
     read = sum(size for name, size in graphs.items() if name != names.EMBEDDING)
     scales = sum(_scales_of_record(record) for entry in bundle.graphs for record in entry["matrices"].values())
     table = bundle.form.embedding_file
     kv_cache = config.num_blocks * kv_cache_bytes(config, 1, config.max_positions, bundle.form.float_bytes)
     held = sum(graphs.values())
-    disk = held + (bundle.files[table].bytes if table is not None else 0)
+    disk = sum(files.values()) + (bundle.files[table].bytes if table is not None else 0)
     name = f"this bundle, {form_in_words(bundle)}"
     return FormNeeds(name, disk, held + scales + kv_cache, max(graphs.values()) + kv_cache, read)
 
@@ -233,11 +234,18 @@ def _advice_on_memory(memory: Memory, forms: tuple[FormReport, ...]) -> Iterator
 
 
 def _needs(
-    config: ModelConfig, name: str, blocks: Affine | int, head: Affine | int, *, embedding_width: int | None = None
+    config: ModelConfig,
+    name: str,
+    blocks: Affine | int,
+    head: Affine | int,
+    *,
+    embedding_width: int | None = None,
+    copies: int = 1,
 ) -> FormNeeds:
     """blocks, head: how their matrices are stored, or bytes of an element.
 
-    embedding_width: bytes of an element of an embedding graph, None for a raw bfloat16 file.
+    embedding_width: bytes of an element of an embedding graph, None for a raw bfloat16 file. copies: bytes held and
+    read of weights, for each byte of them that is stored.
     """
     hidden, inner, vocab = config.hidden_size, config.inner_size, config.vocab_size
     shapes = ((3 * hidden, hidden), (hidden, hidden), (inner, hidden), (hidden, inner))
@@ -250,9 +258,10 @@ def _needs(
     scales = config.num_blocks * sum(size.scales for size in matrices) + head_matrix.scales
     table = vocab * hidden * (embedding_width or 2)
     mapped = 0 if embedding_width else table
-    largest = max(block, last, table - mapped)
+    held = copies * read
+    largest = max(copies * block, copies * last, table - mapped)
     kv_cache = config.num_blocks * kv_cache_bytes(config, 1, config.max_positions, _small_width(blocks))
-    return FormNeeds(name, read + table, read + table - mapped + scales + kv_cache, largest + kv_cache, read)
+    return FormNeeds(name, read + table, held + table - mapped + scales + kv_cache, largest + kv_cache, held)
 
 
 def _sizes(form: Affine | int, out: int, width: int) -> Sizes:

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 from glmexport import names
 from glmexport.bundle import Bundle
 from glmexport.errors import BundleError
-from glmexport.placement import READ_AHEAD, Placement, graphs_for_gpu, place
+from glmexport.form import FLOAT16
+from glmexport.placement import READ_AHEAD, Placement, graphs_for_gpu, held_on_cpu, place
 
 if TYPE_CHECKING:
     import onnxruntime  # type: ignore[import-untyped]
@@ -47,8 +48,10 @@ class GraphPool:
         self._bundle = bundle
         self._limit, self._threads, self._read_ahead = memory_limit, threads, read_ahead
         self._providers, self._gpu_memory = providers, gpu_memory
-        self.sizes = bundle.graph_sizes
-        self._gpu = () if gpu_memory is None else self._graphs_for_gpu(gpu_memory)
+        files, width = bundle.graph_sizes, bundle.form.float_bytes
+        self._gpu = () if gpu_memory is None else graphs_for_gpu(files, bundle.config, gpu_memory, width)
+        held = held_on_cpu(files, width)
+        self.sizes = {name: held[name] if self._on_cpu(name) else size for name, size in files.items()}
         self._open: dict[str, Future[onnxruntime.InferenceSession]] = {}
         self._openers = ThreadPoolExecutor(OPENERS, "glmexport-open")
         self.placement = self.placed(0)
@@ -96,8 +99,10 @@ class GraphPool:
             self.sizes, kv_bytes=kv_bytes, memory_limit=self._limit, gpu=self._gpu, read_ahead=self._read_ahead
         )
 
-    def _graphs_for_gpu(self, gpu_memory: int) -> tuple[str, ...]:
-        return graphs_for_gpu(self.sizes, self._bundle.config, gpu_memory, self._bundle.form.float_bytes)
+    def _on_cpu(self, graph: str) -> bool:
+        if self._gpu_memory is not None:
+            return graph not in self._gpu
+        return not self._providers or self._providers[0] == CPU_PROVIDER
 
     def _window(self, graph: str) -> list[str]:
         """The streamed graphs that may be open while `graph` runs: itself, if it is one, and the next that fit."""
@@ -141,6 +146,11 @@ class GraphPool:
             # packed copies of float32 matrices double a graph's memory and take a hundred times as long as mapping its
             # file; quantized ones are multiplied with a hundred times slower where they are not packed
             options.add_session_config_entry("session.disable_prepacking", "1")
+        if graph in self.placement.streamed and self._bundle.form.dtype == FLOAT16 and self._on_cpu(graph):
+            # float32 copies of the matrices are made when it runs, which takes a tenth of making them when it is
+            # opened, and are given back after it: it runs once
+            options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
+            options.enable_cpu_mem_arena = False
         if self._threads is not None:
             options.intra_op_num_threads = self._threads
         providers = self._providers_of(graph)

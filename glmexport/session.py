@@ -106,7 +106,7 @@ class Session:
 
     @property
     def graph_sizes(self) -> Mapping[str, int]:
-        """Bytes of every graph with its data, in the order of the data."""
+        """Bytes that are held of every graph, its data included, in the order of the data."""
         return self._pool.sizes
 
     @property

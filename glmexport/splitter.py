@@ -15,6 +15,7 @@ from glmexport.draft import BundleDraft, Notice, ignore_notice
 from glmexport.draft_writer import Advance, Making, Resumable, check_disk, ignore_advance, new_bytes, write_bundle
 from glmexport.equivalence import check_patch
 from glmexport.errors import BundleError, CheckpointError, ExportError
+from glmexport.form import FLOAT16
 from glmexport.interface import ARGMAX_MODES, DEFAULT_OPSET, DTYPES, OPSETS
 from glmexport.passes import Pass
 from glmexport.tensors import SLICE_BYTES
@@ -96,7 +97,7 @@ def split(
     for warning in checkpoint.warnings:
         notice(warning)
     advance("check patches", 0)
-    check_patch(checkpoint.patch, checkpoint.config)
+    check_patch(checkpoint.patch, checkpoint.config, options.dtype)
     tied = heads_equal(checkpoint)
     if not tied:
         notice(
@@ -104,6 +105,9 @@ def split(
             f"while the original's from_pretrained silently replaces it by the embedding."
         )
     draft = _draft(checkpoint, options, tied, notice)
+    rounded = [dtype for dtype in draft.facts["checkpoint"]["dtypes"] if dtype not in (FLOAT16, options.dtype)]
+    if options.dtype == FLOAT16 and rounded:
+        notice(f"The checkpoint holds {' and '.join(rounded)}: every weight is rounded to the nearest float16.")
     files = checkpoint.weights.state_when_opened
 
     def begun(found: bool) -> None:

@@ -36,7 +36,7 @@ class Tensor(Protocol):
 
 
 class Matrix(Tensor, Protocol):
-    """A float32 or float16 tensor of a model; where `transposed`, a matrix stored [in, out] that the checkpoint has [out, in]."""
+    """A float tensor of a model; where `transposed`, a matrix stored [in, out] that the checkpoint has [out, in]."""
 
     @property
     def transposed(self) -> bool: ...

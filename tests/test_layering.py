@@ -29,7 +29,7 @@ LAYERS = (
         *("placement", "quantize_kernels", "recipe", "tensors", "tokenizer"),
     ),
     ("form", "graph_lint", "graphs", "trace", "weights", "quantized_rows", "verify.cases", "patches"),
-    ("bundle", "checkpoint", "equivalence", "quantized", "raw_rows", "stamping", "verify.matrices"),
+    ("bundle", "checkpoint", "equivalence", "quantized", "raw_rows", "stamping", "verify.matrices", "verify.runs"),
     (
         "bundle_tokenizer",
         "graph_pool",
@@ -50,7 +50,7 @@ LAYERS = (
         "passes.raw_embedding",
         "passes.slim_vocab",
     ),
-    ("derive", "generation", "lifting", "splitter", "verify.structure"),
+    ("derive", "generation", "lifting", "splitter", "verify.overflow", "verify.structure"),
     ("conversation", "evaluation", "passes.quantize_weights"),
     ("api", "passes.choose_bits", "verify.expected"),
     ("verify.check",),

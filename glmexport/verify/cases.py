@@ -37,6 +37,20 @@ class Case:
         return mask, shifted
 
 
+LONGEST = 256
+"""Tokens of the longest prompt: a full-size block takes it within seconds."""
+
+
+def longest_case(config: ModelConfig) -> Case:
+    """One prompt of `LONGEST` tokens, or as many as the model has positions for, of every kind but the special ones."""
+    ids = config.special_ids
+    random = np.random.default_rng(1)
+    count = max(min(LONGEST, config.max_positions) - 2, 1)
+    words = random.integers(config.num_image_tokens, config.vocab_size, count)
+    text = [ids.pad if word in (ids.mask, ids.gmask, ids.bos, ids.eos) else int(word) for word in words]
+    return Case("longest", prepare_prompt([[*text, ids.gmask, ids.bos]], ids), 0)
+
+
 def make_cases(config: ModelConfig, steps: int) -> tuple[Case, ...]:
     """The cases for a model: none of the lengths is the traced one; ids are seeded and the same on every machine."""
     ids = config.special_ids

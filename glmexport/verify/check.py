@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -15,19 +14,22 @@ from glmexport import names
 from glmexport.bundle import Bundle, check_files
 from glmexport.checkpoint import Checkpoint
 from glmexport.errors import BundleError, CheckpointError, GlmExportError
+from glmexport.form import FLOAT16
 from glmexport.graph_lint import lint_graph
 from glmexport.interface import graph_spec
 from glmexport.inventory import form_in_words
 from glmexport.session import Session
-from glmexport.verify.cases import Case, make_cases
+from glmexport.verify.cases import make_cases
 from glmexport.verify.expected import check_same_model, expected_draft
 from glmexport.verify.forms import graph_forms
-from glmexport.verify.measures import NextTokens, Worst, margin
+from glmexport.verify.measures import HalfErrors, NextTokens, Worst, half_errors, margin
+from glmexport.verify.overflow import OverflowProbe, Peak, Stress, peak_row
 from glmexport.verify.reference import StreamedReference
 from glmexport.verify.report import Report, Row
+from glmexport.verify.runs import BlockInputs, BlockOutputs, Run, as_array, feeds
 from glmexport.verify.stored_weights import StoredWeights
 from glmexport.verify.structure import check_structure
-from glmexport.verify.tolerances import CHAIN_BUDGETS, FORMS, INHERENT_SLACK, TOLERANCES
+from glmexport.verify.tolerances import CHAIN_BUDGETS, FORMS, HALF_SLACK, INHERENT_SLACK, TOLERANCES
 from glmexport.vocabulary import VocabularyMap
 
 DEFAULT_STEPS = 4
@@ -38,8 +40,6 @@ MEMORY_LIMIT = 1 << 28
 block is in memory beside it."""
 
 Advance = Callable[[str], None]
-_BlockInputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
-_BlockOutputs = tuple[torch.Tensor, torch.Tensor]
 Array = npt.NDArray[Any]
 
 
@@ -105,24 +105,6 @@ def _lint(bundle: Bundle, advance: Advance) -> Iterator[Row]:
         yield Row("all", "lint", True, detail=f"{len(bundle.graphs)} graphs keep every rule")
 
 
-@dataclass
-class _Run:
-    """One case as it goes through graphs and reference; lists have one entry a step, step 0 is the prefill.
-
-    tokens: [batch] ids fed at each decode step, and the last ones generated. logits: what the chain of graphs gave.
-    hidden: the reference's hidden states at the block being compared.
-    """
-
-    case: Case
-    tokens: list[Array] = field(default_factory=list)
-    logits: list[Array] = field(default_factory=list)
-    hidden: list[torch.Tensor] = field(default_factory=list)
-
-    def input_ids(self, step: int) -> Array:
-        """int64 [batch, seq] fed at a step."""
-        return self.case.prompt.input_ids if step == 0 else self.tokens[step - 1][:, None]
-
-
 class _Comparison:
     """The numeric part: the graphs generate first, then the reference is streamed once over prompts and answers."""
 
@@ -132,13 +114,16 @@ class _Comparison:
         self._bundle, self._checkpoint, self._session = bundle, checkpoint, session
         self._report, self._advance = report, advance
         self._steps = steps
+        self._dtype = bundle.form.dtype
         self._forms = graph_forms(bundle)
         self._chain_form = max(self._forms.values(), key=FORMS.index)
         slim = bundle.form.slim
         vocabulary = slim.vocabulary if slim else VocabularyMap.identity(checkpoint.config.vocab_size)
         self._reference = StreamedReference(checkpoint, vocabulary)
         self._weights = StoredWeights(bundle, checkpoint, self._reference)
-        self._runs = [_Run(case) for case in make_cases(bundle.config, steps)]
+        self._runs = [Run(case) for case in make_cases(bundle.config, steps)]
+        self._stress = Stress(checkpoint, self._reference, bundle.config) if self._dtype == FLOAT16 else None
+        self._peak = Peak()
 
     def run(self) -> None:
         """Fill the report."""
@@ -173,7 +158,7 @@ class _Comparison:
                 run.tokens.append(self._token(run, outputs))
             self._advance(f"generate {names.HEAD}")
 
-    def _token(self, run: _Run, outputs: Mapping[str, Array]) -> Array:
+    def _token(self, run: Run, outputs: Mapping[str, Array]) -> Array:
         """The greedy ids int64 [batch]; raises BundleError for what cannot be one."""
         token = outputs.get(names.TOKEN_ID)
         if token is None:
@@ -191,15 +176,17 @@ class _Comparison:
             worst = Worst()
             for step in range(self._steps + 1):
                 expected = self._reference.embed(run.input_ids(step))
+                found = self._session.embed(run.input_ids(step))
+                worst.add(found, expected.numpy(), self._dtype)
                 run.hidden.append(expected)
-                worst.add(self._session.embed(run.input_ids(step)), expected.numpy())
+                run.half.append(torch.from_numpy(found))
             self._add_row(names.EMBEDDING, run.case.name, worst)
         self._report.rows.extend(self._weights.embedding())
         self._advance(f"compare {names.EMBEDDING}")
 
     def _compare_block(self, block_id: int) -> None:
-        patch, graph = self._checkpoint.patch, names.block_name(block_id)
-        path = patch.block.format(block_id=block_id)
+        graph = names.block_name(block_id)
+        path = self._checkpoint.patch.block.format(block_id=block_id)
         weights = self._reference.weights(path)
         block = self._reference.module(path, weights)
 
@@ -211,76 +198,139 @@ class _Comparison:
         def stored_block() -> torch.nn.Module:
             return self._reference.module(path, self._weights.as_stored(graph, weights))
 
+        probe = OverflowProbe(self._bundle, graph) if self._stress else None
         for run in self._runs:
-            worst, past = Worst(), torch.from_numpy(self._session.empty_past(run.case.batch))
-            seen: list[tuple[_BlockInputs, _BlockOutputs]] = []
-            for step in range(self._steps + 1):
-                mask, positions = run.case.inputs(step)
-                found = self._session.block(
-                    block_id, run.hidden[step].contiguous().numpy(), mask, positions, past.numpy()
-                )
-                inputs = (run.hidden[step], torch.from_numpy(mask), torch.from_numpy(positions), past)
-                expected = patch.run_reference_block(block, block_id, *inputs)
-                for ours, theirs in zip(found, expected, strict=True):
-                    worst.add(ours, theirs.numpy())
-                seen.append((inputs, expected))
-                run.hidden[step], past = expected[0], expected[1].contiguous()
-
-            def inherent(seen: list[tuple[_BlockInputs, _BlockOutputs]] = seen) -> float:
-                """What the stored weights do to the reference's own outputs."""
-                error = Worst()
-                for inputs, expected in seen:
-                    for ours, theirs in zip(
-                        patch.run_reference_block(stored_block(), block_id, *inputs), expected, strict=True
-                    ):
-                        error.add(ours.numpy(), theirs.numpy())
-                return error.norm
-
+            worst, seen = self._run_block(block_id, block, run)
+            inherent = partial(self._inherent, block_id, stored_block, seen)
             self._add_row(graph, run.case.name, worst, inherent=inherent if trusted else None)
+            if probe is not None:
+                probe.run(feeds(seen[0][0], "float32"))
+                probe.run(feeds(seen[-1][0], "float32"))
         self._report.rows.extend(stored)
+        if self._stress is not None and probe is not None:
+            probe.run(feeds(self._stress.through(block_id, block), "float32"))
+            self._add_peak(graph, probe.peak)
+            self._chain_half(block_id, stored_block())
         self._advance(f"compare {graph}")
 
+    def _run_block(
+        self, block_id: int, block: torch.nn.Module, run: Run
+    ) -> tuple[Worst, list[tuple[BlockInputs, BlockOutputs]]]:
+        """One block's graph and reference on one case: how far they are apart, and what the reference took and gave.
+
+        The run's hidden states go on to the reference's outputs.
+        """
+        worst, past = Worst(), torch.from_numpy(self._session.empty_past(run.case.batch)).float()
+        seen: list[tuple[BlockInputs, BlockOutputs]] = []
+        for step in range(self._steps + 1):
+            inputs = run.inputs(step, run.hidden[step], past)
+            found = self._session.block(block_id, *feeds(inputs, self._dtype).values())
+            expected = self._checkpoint.patch.run_reference_block(block, block_id, *inputs)
+            for ours, theirs in zip(found, expected, strict=True):
+                worst.add(ours, theirs.numpy(), self._dtype)
+            seen.append((inputs, expected))
+            run.hidden[step], past = expected[0], expected[1].contiguous()
+        return worst, seen
+
+    def _inherent(
+        self,
+        block_id: int,
+        stored_block: Callable[[], torch.nn.Module],
+        seen: list[tuple[BlockInputs, BlockOutputs]],
+    ) -> float:
+        """What the stored weights, and computing in their dtype, do to the reference's own outputs."""
+        error, dtype = Worst(), getattr(torch, self._dtype)
+        for (hidden, mask, positions, past), expected in seen:
+            inputs = (hidden.to(dtype), mask, positions, past.to(dtype))
+            outputs = self._checkpoint.patch.run_reference_block(stored_block(), block_id, *inputs)
+            for ours, theirs in zip(outputs, expected, strict=True):
+                error.add(ours.numpy(), theirs.numpy(), self._dtype)
+        return error.norm
+
+    def _chain_half(self, block_id: int, block: torch.nn.Module) -> None:
+        """Take every case's float16 states through one block of the reference in float16."""
+        for run in self._runs:
+            past = torch.from_numpy(self._session.empty_past(run.case.batch))
+            for step in range(self._steps + 1):
+                inputs = run.inputs(step, run.half[step], past)
+                run.half[step], past = self._checkpoint.patch.run_reference_block(block, block_id, *inputs)
+
     def _compare_head_and_chain(self) -> None:
-        patch = self._checkpoint.patch
-        weights = self._reference.weights(patch.final_norm)
-        final_norm = self._reference.module(patch.final_norm, weights)
-        last = [run.hidden[step][-1] for run in self._runs for step in range(self._steps + 1)]
-        logits = iter(torch.split(self._reference.logits(final_norm(torch.cat(last))), [len(rows) for rows in last]))
+        path = self._checkpoint.patch.final_norm
+        weights = self._reference.weights(path)
+        final_norm = self._reference.module(path, weights)
+        logits = self._logits(final_norm, lambda run, step: run.hidden[step])
+        in_half = self._half_errors(weights, logits) if self._dtype == FLOAT16 else None
         chains = []
         for run in self._runs:
             head, chain = Worst(), NextTokens()
-            for step in range(self._steps + 1):
-                expected = next(logits).numpy()
-                outputs = self._session.head(run.hidden[step].contiguous().numpy())
+            for step, expected in enumerate(logits[run.case.name]):
+                outputs = self._session.head(as_array(run.hidden[step], self._dtype))
                 if names.LOGITS in outputs:
-                    head.add(outputs[names.LOGITS], expected)
+                    head.add(outputs[names.LOGITS], expected, self._dtype)
                 if names.TOKEN_ID in outputs and self._forms[names.HEAD] == "float32":
                     missed = margin(expected, self._token(run, outputs))
                     head.add(missed, np.zeros(run.case.batch, np.float32))
-                chain.add(expected, run.tokens[step], run.logits[step] if run.logits else None)
-            self._add_row(names.HEAD, run.case.name, head)
+                chain.add(expected, run.tokens[step], run.logits[step] if run.logits else None, self._dtype)
+            alone = partial(float, in_half.head[run.case.name].norm) if in_half else None
+            self._add_row(names.HEAD, run.case.name, head, inherent=alone)
             chains.append(chain)
         self._report.rows.extend(self._weights.head(weights))
-        self._add_chains(chains)
+        if in_half:
+            self._add_peak(names.HEAD, self._head_peak(final_norm, logits))
+            self._report.rows.append(peak_row("all", self._peak))
+        self._add_chains(chains, in_half)
         self._advance(f"compare {names.HEAD}")
 
-    def _add_chains(self, chains: list[NextTokens]) -> None:
+    def _logits(
+        self, final_norm: torch.nn.Module, states: Callable[[Run, int], torch.Tensor]
+    ) -> dict[str, list[Array]]:
+        """Case -> float32 logits [batch, vocab] of each step, of states [seq, batch, hidden], for all at once."""
+        last = [states(run, step)[-1] for run in self._runs for step in range(self._steps + 1)]
+        rows = self._reference.logits(final_norm(torch.cat(last))).numpy()
+        parts = iter(np.split(rows, np.cumsum([len(part) for part in last])[:-1]))
+        return {run.case.name: [next(parts) for _ in range(self._steps + 1)] for run in self._runs}
+
+    def _half_errors(self, weights: Mapping[str, torch.Tensor], logits: dict[str, list[Array]]) -> HalfErrors:
+        """What float16 does to the reference's own logits."""
+        norm = self._reference.module(self._checkpoint.patch.final_norm, self._weights.as_stored(names.HEAD, weights))
+        alone = self._logits(norm, lambda run, step: run.hidden[step].half())
+        return half_errors(logits, alone, self._logits(norm, lambda run, step: run.half[step]))
+
+    def _add_chains(self, chains: list[NextTokens], in_half: HalfErrors | None) -> None:
         """A row for each case, and where tokens may differ one for all cases: few steps tell little of them."""
         budget, whole = CHAIN_BUDGETS.get(self._chain_form), NextTokens()
         for run, chain in zip(self._runs, chains, strict=True):
             tokens, worst = f"{chain.same}/{chain.count} greedy tokens", chain.worst
-            if budget is None:
+            if in_half is not None:
+                alone = partial(float, in_half.chain[run.case.name].worst.norm)
+                self._add_row("chain", run.case.name, worst, tokens, inherent=alone)
+            elif budget is None:
                 self._add_row("chain", run.case.name, worst, tokens, chain.same == chain.count)
             else:
                 passed = worst.norm <= budget.logits
                 self._report.rows.append(Row("chain", run.case.name, passed, worst.absolute, worst.norm, tokens))
             whole.merge(chain)
         if budget is not None:
-            share = whole.same / whole.count
-            passed = share >= budget.greedy and whole.divergence <= budget.divergence
-            detail = f"KL divergence {whole.divergence:.2e} nats, {share:.0%} of greedy tokens"
+            if in_half is not None:
+                budget = budget.or_near(in_half.whole.share, in_half.whole.divergence)
+            passed = whole.share >= budget.greedy and whole.divergence <= budget.divergence
+            detail = f"KL divergence {whole.divergence:.2e} nats, {whole.share:.0%} of greedy tokens"
             self._report.rows.append(Row("chain", "next token", passed, detail=detail))
         self._report.greedy = (whole.same, whole.count)
+
+    def _head_peak(self, final_norm: torch.nn.Module, logits: dict[str, list[Array]]) -> Peak:
+        """Of the final norm and of the logits, which is all that the head holds."""
+        peak = Peak()
+        for run in self._runs:
+            for states, found in zip(run.hidden, logits[run.case.name], strict=True):
+                peak = peak.or_larger(Peak(float(final_norm(states[-1]).abs().max()), "the final norm"))
+                peak = peak.or_larger(Peak(float(np.abs(found).max()), "the logits"))
+        return peak
+
+    def _add_peak(self, graph: str, peak: Peak) -> None:
+        self._report.rows.append(peak_row(graph, peak))
+        self._peak = self._peak.or_larger(Peak(peak.largest, f"{graph}: {peak.place}"))
 
     def _add_row(
         self,
@@ -293,11 +343,12 @@ class _Comparison:
     ) -> None:
         if not worst.reference_is_finite:
             detail = f"{detail}, " * bool(detail) + "the reference's own numbers are not finite: look at its weights"
-        form = self._forms.get(graph, "float32")
+        form, is_half = self._forms.get(graph, self._dtype), self._dtype == FLOAT16
         passed = also and TOLERANCES[form].allows(worst.absolute, worst.relative, worst.norm)
-        if not passed and also and inherent is not None and form != "float32":
+        if also and inherent is not None and form != "float32" and (is_half or not passed):
             alone = inherent()
-            passed = worst.norm <= INHERENT_SLACK * alone
-            detail = f"the stored weights alone give {alone:.2e} in the reference"
+            passed = passed or worst.norm <= alone * (HALF_SLACK if is_half else INHERENT_SLACK)
+            what = "float16" if is_half else "the stored weights"
+            detail = f"{detail}, " * bool(detail) + f"{what} alone gives {alone:.2e} in the reference"
         relative = worst.relative if form == "float32" else worst.norm
         self._report.rows.append(Row(graph, case, passed, worst.absolute, relative, detail))

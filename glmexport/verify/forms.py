@@ -5,6 +5,7 @@ from __future__ import annotations
 from glmexport import names
 from glmexport.bundle import Bundle
 from glmexport.form import GRAPH, RAW
+from glmexport.verify.tolerances import FORMS
 
 
 def graph_forms(bundle: Bundle) -> dict[str, str]:
@@ -12,10 +13,10 @@ def graph_forms(bundle: Bundle) -> dict[str, str]:
     forms = {}
     for entry in bundle.graphs:
         bits = [record["bits"] for record in entry["matrices"].values()]
-        forms[entry["name"]] = f"int{min(bits)}" if bits else "float32"
+        forms[entry["name"]] = f"int{min(bits)}" if bits else bundle.form.dtype
     embedding = bundle.form.embedding
     if embedding.kind == RAW:
-        forms[names.EMBEDDING] = embedding.dtype
+        forms[names.EMBEDDING] = max(embedding.dtype, bundle.form.dtype, key=FORMS.index)
     elif embedding.kind != GRAPH:
         forms[names.EMBEDDING] = forms[names.HEAD]
     return forms

@@ -24,13 +24,15 @@ class Worst:
     norm: float = 0.0
     reference_is_finite: bool = True
 
-    def add(self, found: Array, expected: Array) -> None:
-        """Take in one pair of outputs; another shape counts as an infinite error."""
-        if found.shape != expected.shape or found.dtype != expected.dtype:
+    def add(self, found: Array, expected: Array, dtype: str = "float32") -> None:
+        """Take in one pair of outputs, the second float32; another shape or dtype counts as an infinite error."""
+        if found.shape != expected.shape or found.dtype != dtype:
             self.absolute = self.relative = self.norm = float("inf")
             return
+        found = found.astype(np.float32, copy=False)
         self.reference_is_finite &= bool(np.isfinite(expected).all())
-        difference = found - expected
+        with np.errstate(invalid="ignore"):  # infinity from infinity is a NaN, which sticks
+            difference = found - expected
         error = float(np.abs(difference).max(initial=0.0))
         largest = float(np.abs(expected).max(initial=0.0))
         self.absolute = float(np.maximum(self.absolute, error))
@@ -52,10 +54,10 @@ class NextTokens:
     count: int = 0
     divergences: list[float] = field(default_factory=list)
 
-    def add(self, expected: Array, tokens: Array, logits: Array | None) -> None:
+    def add(self, expected: Array, tokens: Array, logits: Array | None, dtype: str = "float32") -> None:
         """Take in one step: reference logits [batch, vocab], generated ids [batch], the chain's logits or None."""
         if logits is not None:
-            self.worst.add(logits, expected)
+            self.worst.add(logits, expected, dtype)
             if logits.shape == expected.shape:
                 self.divergences.append(_divergence(expected, logits))
         self.same += int((margin(expected, tokens) <= SAME_LOGIT).sum())
@@ -67,9 +69,43 @@ class NextTokens:
         self.divergences += other.divergences
 
     @property
+    def share(self) -> float:
+        """Of tokens that are the reference's."""
+        return self.same / self.count
+
+    @property
     def divergence(self) -> float:
         """Mean KL divergence in nats; 0 where the chain gave no logits."""
         return float(np.mean(self.divergences)) if self.divergences else 0.0
+
+
+@dataclass(frozen=True)
+class HalfErrors:
+    """What float16 does to the logits of the reference itself: its head alone, and all of it. By case."""
+
+    head: dict[str, Worst]
+    chain: dict[str, NextTokens]
+
+    @property
+    def whole(self) -> NextTokens:
+        """All cases together."""
+        whole = NextTokens()
+        for chain in self.chain.values():
+            whole.merge(chain)
+        return whole
+
+
+def half_errors(
+    expected: dict[str, list[Array]], alone: dict[str, list[Array]], chained: dict[str, list[Array]]
+) -> HalfErrors:
+    """Each case -> logits float32 [batch, vocab] of every step: in float32, of a float16 head, of a float16 model."""
+    errors = HalfErrors({}, {})
+    for case, steps in expected.items():
+        head, chain = errors.head.setdefault(case, Worst()), errors.chain.setdefault(case, NextTokens())
+        for logits, of_head, of_chain in zip(steps, alone[case], chained[case], strict=True):
+            head.add(of_head, logits)
+            chain.add(logits, of_chain.argmax(-1), of_chain)
+    return errors
 
 
 def margin(logits: Array, tokens: Array) -> Array:

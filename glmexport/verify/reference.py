@@ -46,11 +46,14 @@ class StreamedReference:
         return module.eval()
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Final-normed states [rows, hidden] -> logits [rows, kept vocab]; the head's rows are read in bands."""
+        """Final-normed states [rows, hidden] -> logits [rows, kept vocab]; the head's rows are read in bands.
+
+        The product is in the states' dtype, the result float32.
+        """
         name, vocab = self._checkpoint.head_name, self._checkpoint.config.vocab_size
         band = max(HEAD_BAND_BYTES // (4 * hidden.shape[-1]), 1)
         parts = [
-            nn.functional.linear(hidden, self.kept_rows(name, start, min(start + band, vocab)))
+            nn.functional.linear(hidden, self.kept_rows(name, start, min(start + band, vocab)).to(hidden.dtype)).float()
             for start in range(0, vocab, band)
         ]
         return torch.cat(parts, dim=-1)

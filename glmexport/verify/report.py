@@ -10,7 +10,10 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Row:
-    """One comparison. Errors are over all steps of the case; None where a row compares no numbers."""
+    """One comparison. Errors are over all steps of the case; None where a row compares no numbers.
+
+    headroom: how many times larger the values of a float16 graph might be, in the rows about overflow.
+    """
 
     graph: str
     case: str
@@ -18,6 +21,7 @@ class Row:
     max_abs_error: float | None = None
     relative_error: float | None = None
     detail: str = ""
+    headroom: float | None = None
 
 
 @dataclass
@@ -53,8 +57,10 @@ class Report:
                 held = worst.setdefault(row.graph, row)
                 if row.max_abs_error > (held.max_abs_error or 0.0):
                     worst[row.graph] = row
-        whole = ("files", "next token")
-        return [row for row in self.rows if not row.passed or worst.get(row.graph) is row or row.case in whole]
+        whole = (("all", "files"), ("all", "overflow"), ("chain", "next token"))
+        return [
+            row for row in self.rows if not row.passed or worst.get(row.graph) is row or (row.graph, row.case) in whole
+        ]
 
     def as_json(self) -> dict[str, Any]:
         """The report as plain JSON values; errors that are no finite number are given as strings."""

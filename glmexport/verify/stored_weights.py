@@ -32,6 +32,7 @@ class StoredWeights:
 
     def __init__(self, bundle: Bundle, checkpoint: Checkpoint, reference: StreamedReference) -> None:
         self._bundle, self._checkpoint, self._reference = bundle, checkpoint, reference
+        self._dtype = getattr(torch, bundle.form.dtype)
 
     def embedding(self) -> Iterator[Row]:
         """The embedding, whatever it is; shared rows are the LM head's, which is compared where it is met."""
@@ -48,12 +49,12 @@ class StoredWeights:
         yield _exact(graph, wrong, exact)
 
     def as_stored(self, graph: str, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """The weights of a block, with the quantized ones as the bundle has them."""
+        """The weights of a block as the bundle has them: the quantized ones, or all of them in its dtype."""
         matrices = self._bundle.graph(graph)["matrices"]
         return {
             name: torch.from_numpy(self._quantized(graph, name, value.shape).rows(np.arange(value.shape[0])))
             if name in matrices
-            else value
+            else value.to(self._dtype)
             for name, value in weights.items()
         }
 
@@ -62,7 +63,7 @@ class StoredWeights:
         name = self._checkpoint.head_name
         wrong, exact, _ = self._compare(names.HEAD, norm_weights)
         if name in self._bundle.graph(names.HEAD)["matrices"]:
-            yield self._matrix(names.HEAD, name, self._table_shape(), partial(self._reference.table_rows, name))
+            yield self._matrix(names.HEAD, name, self._table_shape(), partial(self._table_rows, name))
         else:
             wrong, exact = [*wrong, *self._wrong_table(names.HEAD, name)], exact + 1
         yield _exact(names.HEAD, wrong, exact)
@@ -77,7 +78,7 @@ class StoredWeights:
                 rows.append(self._matrix(graph, name, value.shape, _rows_of_tensor(value)))
                 continue
             exact += 1
-            expected = (value.t() if name in transposed else value).numpy()
+            expected = self._as_in_graphs(value.t() if name in transposed else value).numpy()
             if name not in stored or not holds(self._bundle.directory, stored[name], expected.shape, rows_of(expected)):
                 wrong.append(name)
         return wrong, exact, rows
@@ -102,7 +103,7 @@ class StoredWeights:
 
     def _wrong_table(self, graph: str, name: str) -> list[str]:
         """`name` if that [vocab, hidden] matrix is not the checkpoint's, bit for bit; holds neither of them whole."""
-        stored, rows = stored_tensors_of(self._bundle, graph), partial(self._reference.table_rows, name)
+        stored, rows = stored_tensors_of(self._bundle, graph), partial(self._table_rows, name)
         same = name in stored and holds(
             self._bundle.directory, stored[name], self._table_shape(), lambda start, stop: rows(start, stop).numpy()
         )
@@ -116,10 +117,17 @@ class StoredWeights:
         band = max(COMPARE_BYTES // width, 1)
         for start in range(0, vocab, band):
             stop = min(start + band, vocab)
-            expected = _as_stored(self._reference.table_rows(name, start, stop), form)
+            expected = _as_stored(self._table_rows(name, start, stop), form)
             if not _same_rows(read_band(self._bundle.directory, place, start, stop), expected, form):
                 return [file]
         return []
+
+    def _as_in_graphs(self, values: torch.Tensor) -> torch.Tensor:
+        """Float32 values as the graphs compute with them: rounded where those are float16, in float32 again."""
+        return values.to(self._dtype).float()
+
+    def _table_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        return self._as_in_graphs(self._reference.table_rows(name, start, stop))
 
     def _table_shape(self) -> tuple[int, int]:
         return (self._bundle.config.vocab_size, self._bundle.config.hidden_size)

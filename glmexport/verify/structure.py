@@ -26,7 +26,7 @@ from glmexport.tools import EXPORT_TOOLS, tool_versions
 from glmexport.verify.report import Row
 
 FACTS = (
-    *("architecture", "model", "vocabulary", "embedding", "quantization", "weights"),
+    *("architecture", "model", "vocabulary", "embedding", "quantization", "weights", "dtype"),
     *("tied", "opset", "argmax", "tokenizer"),
 )
 """Keys of the manifest that follow from the checkpoint and the form."""
@@ -80,7 +80,7 @@ def _manifest_complaints(bundle: Bundle, expected: BundleDraft) -> Iterator[str]
         yield f"opset is {bundle.opset}, expected {OPSETS.start} to {OPSETS.stop - 1}."
     document = expected.manifest([])
     for key in FACTS:
-        stated = bundle.manifest.get(key, bundle.form.weights)  # the one key that may be absent
+        stated = bundle.manifest.get(key, getattr(bundle.form, key, None))  # weights and dtype may be absent
         if stated != document[key]:
             yield f"{key} is {stated!r:.120}, where the checkpoint gives {document[key]!r:.120}."
 
