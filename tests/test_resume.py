@@ -76,11 +76,11 @@ def reference(small_checkpoint, tmp_path_factory) -> dict[str, str]:
     return hashes(path)
 
 
-def run(checkpoint: Path, output: Path, *, opset: int = 14, **options) -> list[str]:
+def run(checkpoint: Path, output: Path, *, opset: int = 14, dtype: str = "float32", **options) -> list[str]:
     notices: list[str] = []
     passes = (EmbedPass(EmbeddingForm(RAW, "bfloat16")),)
     with open_checkpoint(checkpoint) as source:
-        split(source, output, SplitOptions(opset, passes=passes), notice=notices.append, **options)
+        split(source, output, SplitOptions(opset, passes=passes, dtype=dtype), notice=notices.append, **options)
     return [notice for notice in notices if "unfinished" in notice]
 
 
@@ -195,6 +195,8 @@ def test_lines_that_were_cut_off_do_not_count(begun, small_checkpoint, tmp_path,
 def test_other_options_are_refused_with_what_differs(begun, small_checkpoint, tmp_path):
     with pytest.raises(BundleError, match=r"was begun with something else: bundle\.history.*bundle\.opset: 14, now 17"):
         run(small_checkpoint, tmp_path / "bundle", resume=True, opset=17)
+    with pytest.raises(BundleError, match=r"bundle\.dtype: 'float32', now 'float16'"):
+        run(small_checkpoint, tmp_path / "bundle", resume=True, dtype="float16")
     assert begun.is_dir(), "and what is there stays"
     run(small_checkpoint, tmp_path / "bundle", resume=True)
 

@@ -31,7 +31,7 @@ class RoundedRows:
 
     def slices(self) -> Iterator[Array]:
         """Encoded rows. Raises RecipeError where a value is too large for the dtype."""
-        for rows in self._matrix.slices():
+        for rows in self._matrix.bands():
             encoded = encode_rows(rows, self._form.dtype, self._form.rounding)
             decoded = decode_rows(encoded, self._form.dtype)
             finite = np.isfinite(rows)

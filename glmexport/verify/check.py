@@ -324,13 +324,13 @@ class _Comparison:
         peak = Peak()
         for run in self._runs:
             for states, found in zip(run.hidden, logits[run.case.name], strict=True):
-                peak = peak.or_larger(Peak(float(final_norm(states[-1]).abs().max()), "the final norm"))
-                peak = peak.or_larger(Peak(float(np.abs(found).max()), "the logits"))
+                peak = peak.then(Peak(float(final_norm(states[-1]).abs().max()), "the final norm"))
+                peak = peak.then(Peak(float(np.abs(found).max()), "the logits"))
         return peak
 
     def _add_peak(self, graph: str, peak: Peak) -> None:
         self._report.rows.append(peak_row(graph, peak))
-        self._peak = self._peak.or_larger(Peak(peak.largest, f"{graph}: {peak.place}"))
+        self._peak = self._peak.then(Peak(peak.largest, f"{graph}: {peak.place}"))
 
     def _add_row(
         self,

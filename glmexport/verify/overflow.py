@@ -52,7 +52,7 @@ _ABSORBED_THROUGH = ("Add", "Mul")
 
 @dataclass(frozen=True)
 class Peak:
-    """The largest magnitude of a graph's float16 values, and where it is."""
+    """The largest magnitude of a graph's float16 values, and where it is; or the first that does not fit."""
 
     largest: float = 0.0
     place: str = "nothing"
@@ -67,9 +67,9 @@ class Peak:
         """Whether nothing overflows; NaN does not fit."""
         return self.largest <= LARGEST
 
-    def or_larger(self, other: Peak) -> Peak:
-        """The one of both with less headroom; NaN is less than any."""
-        return other if not other.largest <= self.largest else self
+    def then(self, other: Peak) -> Peak:
+        """The same, or what is met after it and is larger; the first that does not fit stays: it is the cause."""
+        return other if self.fits and not other.largest <= self.largest else self
 
     def __str__(self) -> str:
         if not self.fits:
@@ -129,7 +129,7 @@ class OverflowProbe:
         """Run the graph's inputs, floats as float32, and take the largest values in."""
         found = self._session.run([*self._places], dict(feeds))
         for place, largest in zip(self._places.values(), found, strict=True):
-            self.peak = self.peak.or_larger(Peak(float(largest), place))
+            self.peak = self.peak.then(Peak(float(largest), place))
 
 
 def float32_twin(model: onnx.ModelProto) -> dict[str, str]:
