@@ -13,6 +13,7 @@ import torch
 from checkpoints import write_checkpoint
 from conftest import split_directory, write_manifest
 from derived_bundles import assert_one_sentence, glmexport, place_of
+from onnx.reference import ReferenceEvaluator
 
 import glmexport as api
 from glmexport.bundle import open_bundle
@@ -163,6 +164,32 @@ def test_every_opset_gives_the_references_numbers(opset, golden_checkpoint, half
         hidden_padding = torch.tensor([[0] * (8 + step), [1, 1] + [0] * (6 + step)], dtype=torch.bool)
         mask = hidden_padding[:, None, None]
         positions = torch.tensor([[[5], [2 + step]], [[3], [2 + step]]])
+
+
+@pytest.mark.parametrize("opset", [14, 17])
+def test_a_runtime_that_rounds_every_result_is_as_near(opset, golden_checkpoint, half, references, tmp_path):
+    """onnx's own evaluator computes each operator in float16, where onnxruntime's CPU provider takes float32."""
+    bundle = half
+    if opset != 17:
+        bundle = tmp_path / "bundle"
+        split_directory(golden_checkpoint, bundle, opset=opset, dtype=FLOAT16)
+    full, halved = (model.transformer.layers[2] for model in references)
+    hidden = 3 * torch.randn(6, 1, 64, generator=torch.Generator().manual_seed(0))
+    mask, places = torch.zeros(1, 1, 6, 6, dtype=torch.bool).index_fill(3, torch.tensor(5), True), torch.arange(6)
+    positions = torch.stack((places, places // 2)).unsqueeze(0)
+    evaluator = ReferenceEvaluator(onnx.load(bundle / "glm_block_2.onnx"))
+    feeds = {
+        "inputs_embeds": hidden.half().numpy(),
+        "attention_mask": mask.numpy(),
+        "position_ids": positions.numpy(),
+        "past_key_values": np.zeros((2, 0, 1, 4, 16), np.float16),
+    }
+    found = evaluator.run(None, feeds)[0]
+    with torch.inference_mode():
+        expected = full(hidden, positions, mask)[0]
+        rounded = halved(hidden.half(), positions, mask)[0]
+    assert found.dtype == np.float16
+    assert off(found, expected) <= 1.5 * off(rounded, expected)
 
 
 @pytest.mark.parametrize("case", ["short", "one", "long"])

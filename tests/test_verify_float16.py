@@ -12,6 +12,7 @@ import torch
 from checkpoints import write_checkpoint
 from conftest import record_again, split_directory
 from derived_bundles import glmexport, place_of, rewrite
+from onnx.reference import ReferenceEvaluator
 
 from glmexport.bundle import open_bundle
 from glmexport.checkpoint import open_checkpoint
@@ -186,6 +187,11 @@ def test_without_the_guard_the_probe_finds_the_overflow_and_torch_the_nan(strong
     assert guarded.place == bare.place == "attention scores"
     assert bare.largest == pytest.approx(BLOCKS * guarded.largest, rel=1e-4)
     assert str(bare).startswith("float16 overflows in attention scores: ")
+
+    with np.errstate(over="ignore", invalid="ignore"):
+        for bundle, finite in ((strong, True), (copy, False)):  # each operator in float16, as onnx's evaluator does it
+            evaluator = ReferenceEvaluator(onnx.load(bundle / f"{name}.onnx"))
+            assert np.isfinite(evaluator.run(None, feeds(inputs, FLOAT16))[0]).all() == finite
 
     model = build_reference(opened.config)
     model.load_state_dict(torch.load(strong_checkpoint / "pytorch_model.bin"), strict=False)

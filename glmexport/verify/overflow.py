@@ -137,8 +137,8 @@ def float32_twin(model: onnx.ModelProto) -> dict[str, str]:
 
     Its outputs are the largest magnitudes of the values that the graph holds in float16; returns name -> place.
     """
-    graph = model.graph
-    places = {value: place for value, place in _places(graph) if value in _float16_values(model)}
+    graph, halves = model.graph, _float16_values(model)
+    places = {value: place for value, place in _places(graph) if value in halves}
     outputs = {output.name for output in graph.output}
     watched = [value for value in places if not _is_absorbed(graph, value, outputs)]
     external = []
