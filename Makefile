@@ -44,15 +44,16 @@ pipeline: $(STAMP)  ## split and verify CHECKPOINT=… into OUT=… (default: th
 	$(BIN)/glmexport quantize $(OUT)-bf16 -o $(OUT)-int4 --bits 4 --force
 	$(BIN)/glmexport verify $(OUT)-int4 $(CHECKPOINT) --json $(OUT)-int4.json
 
-demo: $(STAMP)  ## the example that answers: export, verify, slim, bf16, int8, int4, a table of how each answers, and a chat
+demo: $(STAMP)  ## the example that answers: export, verify, float16, slim, bf16, int8, int4, a table of how each answers, and a chat
 	$(BIN)/glmexport split $(TINY) -o out/demo/float32 --force
 	$(BIN)/glmexport verify out/demo/float32 $(TINY)
+	$(BIN)/glmexport split $(TINY) -o out/demo/float16 --dtype float16 --force
 	$(BIN)/glmexport slim out/demo/float32 -o out/demo/slim --force
 	$(BIN)/glmexport embed out/demo/slim -o out/demo/bf16 --force
 	$(BIN)/glmexport quantize out/demo/bf16 -o out/demo/int8 --bits 8 --force
 	$(BIN)/glmexport quantize out/demo/bf16 -o out/demo/int4 --bits 4 --force
 	$(BIN)/glmexport verify out/demo/int4 $(TINY)
-	$(BIN)/glmexport eval $(addprefix out/demo/,float32 slim bf16 int8 int4) $(TINY)-heldout.jsonl
+	$(BIN)/glmexport eval $(addprefix out/demo/,float32 float16 slim bf16 int8 int4) $(TINY)-heldout.jsonl
 	printf '你好\n12+34=\nReverse: apple\n' | $(BIN)/glmexport chat out/demo/int4 --greedy
 
 bench: $(STAMP)  ## times, memory and floors of the commands: BENCH="CHECKPOINT --work DIR [--only split-int4-rtn,load-int4]"

@@ -23,7 +23,7 @@ def generate(bundle: Path, prompt: list[int], steps: int) -> list[int]:
     sessions = [ort.InferenceSession(bundle / graph["file"]) for graph in manifest["graphs"]]
     embedding, blocks, lm = sessions[0], sessions[1:-1], sessions[-1]
     head_dim = model["hidden_size"] // model["num_heads"]
-    pasts = [np.zeros((2, 0, 1, model["num_heads"], head_dim), np.float32)] * len(blocks)
+    pasts = [np.zeros((2, 0, 1, model["num_heads"], head_dim), manifest.get("dtype", "float32"))] * len(blocks)
 
     context = len(prompt) - 1  # places before <sop>
     ids = np.array([prompt])

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 from glmexport import names
 from glmexport.bundle import Bundle
 from glmexport.errors import BundleError
-from glmexport.form import FLOAT16
 from glmexport.placement import READ_AHEAD, Placement, graphs_for_gpu, held_on_cpu, place
 
 if TYPE_CHECKING:
@@ -146,11 +145,6 @@ class GraphPool:
             # packed copies of float32 matrices double a graph's memory and take a hundred times as long as mapping its
             # file; quantized ones are multiplied with a hundred times slower where they are not packed
             options.add_session_config_entry("session.disable_prepacking", "1")
-        if graph in self.placement.streamed and self._bundle.form.dtype == FLOAT16 and self._on_cpu(graph):
-            # float32 copies of the matrices are made when it runs, which takes a tenth of making them when it is
-            # opened, and are given back after it: it runs once
-            options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
-            options.enable_cpu_mem_arena = False
         if self._threads is not None:
             options.intra_op_num_threads = self._threads
         providers = self._providers_of(graph)

@@ -355,6 +355,14 @@ def test_chat_eval_and_generate_run_it(half, tmp_path):
     assert result.status == 0, result
 
 
+def test_the_example_for_onnxruntime_runs_it(half, golden):
+    from test_examples import ROOT, run
+
+    prompt = [str(token) for token in golden["short.input_ids"][0]]
+    answer = run(ROOT / "examples" / "greedy_onnxruntime.py", half, *prompt).split()
+    assert answer[:4] == [str(token) for token in golden["short.greedy"].reshape(-1)[:4]]
+
+
 def test_argmax_alone(golden_checkpoint, tmp_path):
     split_directory(golden_checkpoint, tmp_path / "bundle", opset=17, dtype=FLOAT16, argmax="only")
     report = report_of(tmp_path / "bundle", golden_checkpoint)

@@ -41,6 +41,9 @@ def command(
     lengths, real past, left-padded batch, infilling, the model's last positions), its weights bit for bit, and the
     whole chain with greedy tokens. One block is in memory at a time. Exit status 1 if anything fails.
 
+    A float16 bundle is held to twice the error of the reference in float16, and each block's headroom says how many
+    times larger its largest number might be before float16 overflows.
+
     \b
     Examples:
       glmexport verify bundle/ chatglm-6b/

@@ -113,9 +113,7 @@ class OverflowProbe:
         self.peak = Peak()
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 4  # what it would log is raised too
-        # every value is to be computed, and the weights are cast as they are needed and given back
-        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-        options.enable_cpu_mem_arena = False
+        options.add_session_config_entry("session.disable_prepacking", "1")  # as of any float32 graph here
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(bundle.directory))
         try:
             self._session = onnxruntime.InferenceSession(
