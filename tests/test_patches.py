@@ -456,6 +456,28 @@ def test_a_broken_transform_is_noticed(slip):
         check_patch(dataclasses.replace(CHATGLM_6B, transforms=transforms), CONFIG)
 
 
+class HalfAngles(_rope.AngleRotary2D):
+    """Angles in the dtype of the query: near position 2000 float16 steps by one radian."""
+
+    def forward(self, query, key, position_ids):
+        places = position_ids.permute(2, 0, 1).to(query.dtype).unsqueeze(3).unsqueeze(4)
+        position, block_position = (places * self.inv_freq.to(query.dtype)).unbind(2)
+        angles = torch.cat((position, position, block_position, block_position), dim=-1)
+        return self._turn(query, angles.cos(), angles.sin()), self._turn(key, angles.cos(), angles.sin())
+
+
+def test_what_only_float16_shows_is_noticed_for_float16():
+    broken = broken_rotary(lambda module: HalfAngles(rounded(module)))
+    transforms = tuple(
+        Transform(t.name, t.summary, broken) if t.name == "rotary-by-angle" else t for t in CHATGLM_6B.transforms
+    )
+    patch = dataclasses.replace(CHATGLM_6B, transforms=transforms)
+    assert check_patch(patch, CONFIG) <= 1e-5
+    with pytest.raises(ExportError, match=r"in float16, at most 3e-02 is allowed"):
+        check_patch(patch, CONFIG, "float16")
+    assert check_patch(CHATGLM_6B, CONFIG, "float16") <= 2.0**-5
+
+
 def test_all_patches_refuses_anything_else(monkeypatch):
     monkeypatch.setattr("glmexport.patches.PATCHES", ("chatglm",))
     with pytest.raises(TypeError, match="must hold ModelPatch objects, found str"):

@@ -117,6 +117,7 @@ def test_the_report_is_plain_json(check, small_bundle):
         "max_abs_error": None,
         "relative_error": None,
         "detail": report.rows[0].detail,
+        "headroom": None,
     }
 
 
