@@ -5,9 +5,10 @@
     python benchmarks/run.py --synthesize /data/small --blocks 2 --hidden 512 --heads 8 --vocab 4096 --work /data/work
 
 Each command is a process of its own that finds its input on the disk, not in the page cache, as far as the system can
-be told to drop it. Right after it the floor: one pass over the files that it read, while as many bytes as it made are
-written and synced, past the page cache or through it, whichever was quicker. The ratio is wall time over that. Disks
-are shared and wander, so compare the ratios of several runs, not one.
+be told to drop it. Right after it the floor: one pass over the files that it read, as programs read them, while as many
+bytes as it made are written and synced, past the page cache or through it, whichever was quicker. The ratio is wall
+time over that; where large checkpoints are read past the cache too, it can be less than 1. Disks are shared and wander,
+so compare the ratios of several runs, not one.
 
 One bundle is on the disk at a time, two while quantizing one (26.8 GB and 5.2 GB at full size), and 1 GB for the floor.
 """
@@ -65,6 +66,8 @@ STEPS = (
     Step("verify-float32", "verify", source="split-float32"),
     Step("load-float32", "generate", source="split-float32"),
     Step("quantize-int4", "quantize", ("--bits", "4"), source="split-float32"),
+    Step("split-weights-float16", "split", ("--weights", "float16")),
+    Step("split-float16", "split", ("--dtype", "float16")),
     Step("split-int4", "split", (*SMALL, "--quantize", "int4")),
     Step("verify-int4", "verify", source="split-int4"),
     Step("load-int4", "generate", source="split-int4"),
