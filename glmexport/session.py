@@ -15,7 +15,7 @@ from glmexport import names
 from glmexport.bundle import Bundle, open_bundle
 from glmexport.bundle_tokenizer import tokenizer_of_bundle
 from glmexport.embedding_rows import embedding_rows
-from glmexport.errors import BundleError, GlmExportError
+from glmexport.errors import BundleError, GlmExportError, reason_of
 from glmexport.form import GRAPH
 from glmexport.graph_pool import GraphPool
 from glmexport.interface import graph_spec
@@ -189,5 +189,8 @@ class Session:
         try:
             values = session.run(outputs, dict(feeds))
         except Exception as error:  # onnxruntime's own errors share no public base class
-            raise BundleError(f"{names.graph_file(graph)} failed to run: {str(error).splitlines()[0]}") from error
+            raise BundleError(
+                f"{names.graph_file(graph)} failed to run ({reason_of(error)}); see `glmexport inspect --check`, or "
+                "split again."
+            ) from error
         return dict(zip(outputs, values, strict=True))

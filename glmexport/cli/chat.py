@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-from rich.markup import escape
 
 from glmexport.cli import interrupt, output, run_options
 from glmexport.errors import GlmExportError
@@ -62,7 +61,7 @@ def command(bundle: Path, history_file: Path | None, quiet: bool, **options: Any
             import readline  # noqa: F401  (gives input() a line to edit and a history)
 
             output.console().print(
-                f"[bold]{escape(bundle.name)}[/], {form_in_words(session.bundle)}. /help lists commands."
+                f"[bold]{output.cell(bundle.name)}[/], {form_in_words(session.bundle)}. /help lists commands."
             )
         if not _talk(chat) and not sys.stdin.isatty():
             sys.exit(2)  # who asked is not there to have seen it

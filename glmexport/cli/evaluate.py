@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-from rich.markup import escape
 
 from glmexport.cli import output, run_options
 from glmexport.sizes import size_in_words
@@ -78,9 +77,8 @@ def _print(rows: Sequence[tuple[Session, Score]], examples: Sequence[Example], w
         perplexity = "" if score.perplexity is None else f"{score.perplexity:.5g}"
         divergence = "" if score.divergence is None else f"{score.divergence:.1e}"
         size = size_in_words(session.bundle.total_bytes)
-        listing.add_row(
-            escape(session.bundle.directory.name), form_in_words(session.bundle), size, exact, perplexity, divergence
-        )
+        name = output.cell(session.bundle.directory.name)
+        listing.add_row(name, form_in_words(session.bundle), size, exact, perplexity, divergence)
     console.print(listing)
     for session, score in rows if wrong else ():
         misses = [

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import click
-from rich.markup import escape
 
 from glmexport import names
 from glmexport.cli import output
@@ -88,13 +87,13 @@ def _print(summary: dict[str, Any]) -> None:
             f"{part['parameters']:,}",
             f"{part['bytes']:,}",
             size_in_words(part["bytes"]),
-            escape(part["dtypes"]),
+            output.cell(part["dtypes"]),
         )
     totals = [sum(part[key] for part in summary["parts"]) for key in ("parameters", "bytes")]
     listing.add_row("total", f"{totals[0]:,}", f"{totals[1]:,}", size_in_words(totals[1]), style="bold")
     console.print(listing)
     if "check" in summary:
         for entry in (bad := summary["check"]["bad"]):
-            console.print(f"[bold red]BAD[/] {escape(entry['complaint'])}", soft_wrap=True)
+            console.print(f"[bold red]BAD[/] {output.cell(entry['complaint'])}", soft_wrap=True)
         count = f"All {summary['check']['checked']} files are whole: each is as the manifest says."
         console.print(f"{len(bad)} bad files: copy or make the bundle again." if bad else count)

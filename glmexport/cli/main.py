@@ -6,12 +6,13 @@ import importlib
 import io
 import os
 import sys
+import warnings
 
 import click
 
 from glmexport import __version__
 from glmexport.cli import interrupt
-from glmexport.errors import GlmExportError
+from glmexport.errors import GlmExportError, means_no_memory, printable
 
 INTERRUPTED = 130
 
@@ -75,7 +76,9 @@ def run() -> None:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal that has not got a character gets a question mark
     try:
-        with interrupt.remembered():
+        with interrupt.remembered(), warnings.catch_warnings():
+            if not sys.warnoptions:  # they are for whoever calls the libraries, and that is us
+                warnings.simplefilter("ignore")
             cli.main(standalone_mode=False)
     except click.exceptions.Exit as done:
         sys.exit(done.exit_code)
@@ -88,12 +91,11 @@ def run() -> None:
     except GlmExportError as error:
         from glmexport.cli import output  # here: help and commands that succeed need not wait for it
 
-        click.echo(f"{click.style('Error:', fg='red')} {error}", err=True, color=output.colour())
+        # names and values in a message come from files that anybody may have made
+        click.echo(f"{click.style('Error:', fg='red')} {printable(str(error))}", err=True, color=output.colour())
         sys.exit(2)
-    except MemoryError:
-        sys.exit(_out_of_memory())
-    except RuntimeError as error:  # torch has no class of its own for it
-        if "not enough memory" not in str(error) and "allocate memory" not in str(error):
+    except (MemoryError, RuntimeError) as error:  # torch has no class of its own for it
+        if not means_no_memory(error):
             raise
         sys.exit(_out_of_memory())
     except BrokenPipeError:

@@ -13,9 +13,11 @@ from typing import Any, TypeVar
 
 import click
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from glmexport import errors
 from glmexport.cli import interrupt
 from glmexport.errors import GlmExportError
 
@@ -52,6 +54,11 @@ def printable(text: str) -> str:
     return _CONTROL.sub(lambda match: repr(match.group())[1:-1], text) if sys.stdout and sys.stdout.isatty() else text
 
 
+def cell(text: str) -> str:
+    """A name or sentence that a file may have a part in, for a table: nothing in it is obeyed."""
+    return escape(errors.printable(text))
+
+
 def console() -> Console:
     """Results go to stdout; colours follow the terminal and NO_COLOR."""
     return Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH, highlight=False)
@@ -64,7 +71,8 @@ def notifier(quiet: bool) -> Callable[[str], None]:
         if not quiet:
             coloured = sys.stderr.isatty() and not os.environ.get("NO_COLOR")
             # print, not click.echo: a progress bar stands in for sys.stderr to keep notices above itself
-            print(f"{click.style('Note:', fg='yellow') if coloured else 'Note:'} {message}", file=sys.stderr)
+            word = click.style("Note:", fg="yellow") if coloured else "Note:"
+            print(f"{word} {errors.printable(message)}", file=sys.stderr)
 
     return notify
 

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-from rich.markup import escape
 
 from glmexport.cli import derived, output
 from glmexport.cli.pass_options import affine_of_options, quantization_form, quantize_options, quantize_pass
@@ -93,8 +92,8 @@ def show_report(report: dict[str, Any], *, all_rows: bool = False) -> None:
     shown = matrices if all_rows or len(matrices) <= FEW_MATRICES else _worst_of_each_kind(matrices)
     for row in shown:
         listing.add_row(
-            escape(row["graph"]),
-            escape(row["name"]),
+            output.cell(row["graph"]),
+            output.cell(row["name"]),
             str(row["bits"]),
             str(row["group_size"]),
             f"{row['bytes']:,}",

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
-from rich.markup import escape
 
 from glmexport.cli import output
 
@@ -87,7 +86,7 @@ def _print_report(report: Report, all_rows: bool) -> None:
     for row in report.rows if all_rows else report.worst_rows():
         numbers = ["" if error is None else f"{error:.2e}" for error in (row.max_abs_error, row.relative_error)]
         verdict = "[green]ok[/]" if row.passed else "[bold red]FAIL[/]"
-        listing.add_row(escape(row.graph), row.case, *numbers, verdict, escape(row.detail))
+        listing.add_row(output.cell(row.graph), row.case, *numbers, verdict, output.cell(row.detail))
     console.print(listing)
     equal, total = report.greedy
     tokens = f"greedy tokens {equal}/{total}, " if total else ""
