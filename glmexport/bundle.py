@@ -5,24 +5,28 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping
+import stat
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
 from glmexport import names
-from glmexport.config import ModelConfig, SpecialIds
-from glmexport.errors import BundleError, GlmExportError
+from glmexport.config import ModelConfig, SpecialIds, implausible_sizes
+from glmexport.errors import BundleError, GlmExportError, reason_of
 from glmexport.form import GRAPH, RAW_DTYPES, Form, form_from_json
 from glmexport.interface import ARGMAX_MODES
 from glmexport.recipe import affine_of_record
+from glmexport.untrusted import read_small_file
 
 SCHEMA = 2
 MAX_COUNT = 1 << 62
 MAX_MANIFEST_BYTES = 16 << 20
+MAX_SMALL_BYTES = 64 << 20
 MAX_NAME = 200
 HASH_CHUNK = 1 << 22
 DIGEST = "digest"
+_NOTHING = "no such file"
 _DIGESTED = re.compile(rb'(.*),\n "digest": "([0-9a-f]{64})"\n}\n', re.DOTALL)
 
 DataT = TypeVar("DataT")
@@ -93,9 +97,9 @@ class Bundle:
         """
         path = self.path(name)
         try:
-            found = f"{path.stat().st_size} bytes" if path.is_file() and not path.is_symlink() else "no such file"
+            found = _kind_or_size(path)
         except OSError as error:
-            raise BundleError(f"{path} could not be read: {error.strerror}.") from error
+            raise BundleError(f"{path} could not be read ({error.strerror}); copy the bundle again.") from error
         if found != f"{self.files[name].bytes} bytes":
             raise BundleError(
                 f"{path}: found {found}, expected {self.files[name].bytes} bytes; copy the bundle or split again "
@@ -103,9 +107,13 @@ class Bundle:
             )
         return path
 
+    def read_small(self, name: str) -> bytes:
+        """The content of a file that is no graph's and no table. Raises BundleError or CheckpointError."""
+        return read_small_file(self.whole_path(name), MAX_SMALL_BYTES)
+
     def link(self, name: str) -> LinkedFile:
-        """One of the bundle's files, for another bundle to share."""
-        return LinkedFile(self.path(name), self.files[name])
+        """One of the bundle's files, for another bundle to share. Raises BundleError as `whole_path` does."""
+        return LinkedFile(self.whole_path(name), self.files[name])
 
     def graph(self, name: str) -> Mapping[str, Any]:
         """The manifest's entry of a graph. Raises KeyError where the bundle has no such graph."""
@@ -120,11 +128,12 @@ def looks_like_bundle(directory: Path) -> bool:
 def open_bundle(directory: Path) -> Bundle:
     """Read and check the manifest. Raises BundleError where it is absent, damaged, or names files outside."""
     path = directory / names.MANIFEST
-    if not directory.is_dir() or not path.is_file():
-        raise BundleError(f"{directory} is not a bundle (no {names.MANIFEST}); make one with `glmexport split`.")
-    if path.stat().st_size > MAX_MANIFEST_BYTES:
-        raise BundleError(f"{path} has {path.stat().st_size} bytes, expected at most {MAX_MANIFEST_BYTES}.")
     try:
+        if not _kind_or_size(path).endswith(" bytes"):
+            raise BundleError(f"{directory} is not a bundle (no {names.MANIFEST}); make one with `glmexport split`.")
+        size = path.stat().st_size
+        if size > MAX_MANIFEST_BYTES:
+            raise BundleError(f"{path} has {size} bytes, expected at most {MAX_MANIFEST_BYTES}; copy or split again.")
         manifest = json.loads(path.read_text("utf-8"))
         if manifest["schema"] != SCHEMA:
             raise BundleError(
@@ -134,10 +143,11 @@ def open_bundle(directory: Path) -> Bundle:
         config, form, graphs, files = _parts_of(manifest)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise BundleError(
-            f"{path} is not a manifest that glmexport wrote ({type(error).__name__}: {error}); copy or split again."
+            f"{path} is not a manifest that glmexport wrote ({type(error).__name__}: {reason_of(error)}); copy or "
+            "split again."
         ) from error
     except OSError as error:
-        raise BundleError(f"{path} could not be read: {error.strerror}.") from error
+        raise BundleError(f"{path} could not be read ({error.strerror}); copy the bundle again.") from error
     for name in files:
         plain = Path(name).name == name and name.isprintable() and 0 < len(name) < MAX_NAME
         if not plain or name in (".", "..", names.MANIFEST):
@@ -155,7 +165,24 @@ def open_bundle(directory: Path) -> Bundle:
         )
     if form.embedding_file is not None:
         _demand_table(path, form.embedding_file, files, config, form)
+    _demand_room(path, graphs, files, config)
     return Bundle(directory, manifest, config, form, graphs, files)
+
+
+def _demand_room(
+    path: Path, graphs: Sequence[Mapping[str, Any]], files: Mapping[str, FileRecord], config: ModelConfig
+) -> None:
+    """Refuse sizes of a model that the graphs' files cannot hold, at four bits a weight, before they are believed."""
+    least = {names.HEAD: config.vocab_size * config.hidden_size}
+    block = config.hidden_size * (config.hidden_size + config.inner_size)
+    for graph in graphs:
+        needed = least.get(graph["name"], 0 if graph["name"] == names.EMBEDDING else block) // 2
+        found = files[graph["data"]].bytes
+        if found < needed:
+            raise BundleError(
+                f"{path} lists {found} bytes for {graph['data']}, expected at least {needed} for the sizes of the "
+                "model that it states; copy or split again."
+            )
 
 
 def _demand_table(path: Path, name: str, files: Mapping[str, FileRecord], config: ModelConfig, form: Form) -> None:
@@ -173,8 +200,9 @@ def _parts_of(manifest: Any) -> tuple[ModelConfig, Form, tuple[dict[str, Any], .
     config = _typed(ModelConfig, {**model, "special_ids": _typed(SpecialIds, model["special_ids"])})
     if manifest["argmax"] not in ARGMAX_MODES:
         raise ValueError(f"argmax is {manifest['argmax']!r:.80}, expected one of {', '.join(ARGMAX_MODES)}")
-    if min(config.vocab_size, config.hidden_size, config.num_blocks, config.num_heads, config.inner_size) < 1:
-        raise ValueError("a size of the model is not positive")
+    complaints = implausible_sizes(config)
+    if complaints:
+        raise ValueError(f"the model has {', '.join(complaints)}")
     for graph in manifest["graphs"]:
         _demand(graph, name=str, kind=str, file=str, data=str, weights=str, parameters=int, inputs=list, outputs=list)
         _demand(graph, transposed=list, matrices=dict)
@@ -251,21 +279,36 @@ def check_files(bundle: Bundle) -> Iterator[tuple[str, str | None]]:
             yield name, _complaint(bundle.path(name), record)
         except (OSError, BundleError) as error:
             yield name, f"{name} could not be read: {error}"
-    surplus = sorted(entry.name for entry in bundle.directory.iterdir())
-    for name in surplus:
+    try:
+        found = sorted(entry.name for entry in bundle.directory.iterdir())
+    except OSError as error:
+        raise BundleError(f"{bundle.directory} could not be listed ({error.strerror}); copy it again.") from error
+    for name in found:
         if name not in bundle.files and name != names.MANIFEST:
             yield name, f"{name} is not in the manifest."
 
 
 def _complaint(path: Path, record: FileRecord) -> str | None:
     """What is wrong with a file. Raises OSError and BundleError where it cannot be read."""
-    if path.is_symlink() or not path.is_file():
-        return f"{path.name} is {'a link' if path.is_symlink() else 'missing'}."
-    if path.stat().st_size != record.bytes:
-        return f"{path.name} has {path.stat().st_size} bytes, the manifest says {record.bytes}."
+    found = _kind_or_size(path)
+    if not found.endswith(" bytes"):
+        return f"{path.name} is {'missing' if found == _NOTHING else found}."
+    if found != f"{record.bytes} bytes":
+        return f"{path.name} has {found}, the manifest says {record.bytes}."
     if sha256_of(path) != record.sha256:
         return f"{path.name} was changed: its SHA-256 is not the manifest's."
     return None
+
+
+def _kind_or_size(path: Path) -> str:
+    """`123 bytes` of a regular file; what else is there, which nobody must open: a pipe would be waited for."""
+    try:
+        status = path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return _NOTHING
+    if stat.S_ISREG(status.st_mode):
+        return f"{status.st_size} bytes"
+    return "a link" if stat.S_ISLNK(status.st_mode) else "no file"
 
 
 def sha256_of(path: Path) -> str:

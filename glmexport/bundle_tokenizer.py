@@ -7,8 +7,7 @@ from glmexport.bundle import Bundle
 from glmexport.config import ModelConfig
 from glmexport.errors import BundleError
 from glmexport.form import Form
-from glmexport.tokenizer import MODEL_LIMIT, Tokenizer
-from glmexport.untrusted import read_small_file
+from glmexport.tokenizer import Tokenizer
 from glmexport.vocabulary import VocabularyMap
 
 
@@ -34,5 +33,5 @@ def tokenizer_of_bundle(bundle: Bundle) -> Tokenizer:
             f"{bundle.directory} has no {names.TOKENIZER_MODEL}, so text cannot be tokenized; split again from a "
             "checkpoint that holds it, or give ids."
         )
-    path = bundle.whole_path(names.TOKENIZER_MODEL)
-    return make_tokenizer(read_small_file(path, MODEL_LIMIT), bundle.config, bundle.form, origin=str(path))
+    model = bundle.read_small(names.TOKENIZER_MODEL)
+    return make_tokenizer(model, bundle.config, bundle.form, origin=str(bundle.path(names.TOKENIZER_MODEL)))

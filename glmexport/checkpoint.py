@@ -17,11 +17,11 @@ import torch
 
 from glmexport import names
 from glmexport.ahead import read_ahead
-from glmexport.config import ModelConfig, TokenizerFacts
+from glmexport.config import MAX_SIZE, ModelConfig, TokenizerFacts, implausible_sizes
 from glmexport.errors import CheckpointError
 from glmexport.hub import fetch_checkpoint, is_hub_id
 from glmexport.patch import ModelPatch, all_patches
-from glmexport.tokenizer import MODEL_LIMIT, SPECIAL_PIECES
+from glmexport.tokenizer import MODEL_LIMIT, SPECIAL_PIECES, load_processor
 from glmexport.untrusted import quoted, read_json, read_small_file
 from glmexport.weight_files import TensorInfo
 from glmexport.weights import WEIGHT_FILES, Weights, read_index
@@ -29,8 +29,6 @@ from glmexport.weights import WEIGHT_FILES, Weights, read_index
 _NAMED_PIECES = ("<unk>", "<s>", "</s>", "<pad>", *SPECIAL_PIECES)
 _FLOAT_DTYPES = ("float16", "bfloat16", "float32", "float64")
 
-_MAX_SIZE = 1 << 24  # of one dimension; the products of two stay far below 2**63
-_MAX_BLOCKS = 4096
 _LISTED = 1000  # tensors named in one list of an error: more than a 6B model has
 _SLICE_BYTES = 16 << 20
 
@@ -239,7 +237,7 @@ def _read_tokenizer(directory: Path) -> tuple[TokenizerFacts, tuple[Path, ...], 
     config, model = directory / names.TOKENIZER_CONFIG, directory / names.TOKENIZER_MODEL
     files = tuple(path for path in (config, model) if os.path.lexists(path))
     count = read_json(config).get("num_image_tokens") if config in files else None
-    if count is not None and (type(count) is not int or not 0 <= count <= _MAX_SIZE):
+    if count is not None and (type(count) is not int or not 0 <= count <= MAX_SIZE):
         raise CheckpointError(f"{config} must give `num_image_tokens` as a number of tokens, found {count!r:.80}.")
     pieces = _special_pieces(model) if model in files else {}
     missing = [path.name for path in (config, model) if path not in files]
@@ -250,17 +248,10 @@ def _read_tokenizer(directory: Path) -> tuple[TokenizerFacts, tuple[Path, ...], 
 
 
 def _special_pieces(path: Path) -> dict[str, int]:
-    from sentencepiece import SentencePieceProcessor  # here: not needed where there is no tokenizer
-
-    data = read_small_file(path, MODEL_LIMIT)
-    processor = SentencePieceProcessor()
-    try:
-        processor.LoadFromSerializedProto(data)
-        size = len(processor)
-        pieces = [processor.IdToPiece(piece_id) for piece_id in range(size)]
-        special = [processor.IsControl(piece_id) or processor.IsUnknown(piece_id) for piece_id in range(size)]
-    except (RuntimeError, ValueError, IndexError) as error:
-        raise CheckpointError(f"{path} is truncated or corrupt: no SentencePiece model; download it again.") from error
+    processor = load_processor(read_small_file(path, MODEL_LIMIT), str(path))
+    size = len(processor)
+    pieces = [processor.IdToPiece(piece_id) for piece_id in range(size)]
+    special = [processor.IsControl(piece_id) or processor.IsUnknown(piece_id) for piece_id in range(size)]
     if not size:
         raise CheckpointError(f"{path} is empty; download it again.")
     return {
@@ -272,16 +263,7 @@ def _special_pieces(path: Path) -> dict[str, int]:
 
 def _demand_plausible(origin: Path, config: ModelConfig) -> None:
     """Refuse sizes that no model has, before anything is built of them."""
-    sizes = {
-        "vocabulary": config.vocab_size,
-        "hidden": config.hidden_size,
-        "inner": config.inner_size,
-        "heads": config.num_heads,
-        "positions": config.max_positions,
-    }
-    wrong = [f"{name} {size}" for name, size in sizes.items() if size > _MAX_SIZE]
-    if config.num_blocks > _MAX_BLOCKS:
-        wrong.append(f"blocks {config.num_blocks}")
+    wrong = implausible_sizes(config)
     if wrong:
         raise CheckpointError(f"{origin} gives sizes that no supported model has: {', '.join(wrong)}; fetch it again.")
 

@@ -11,6 +11,7 @@ import numpy as np
 import onnx
 import torch
 
+from glmexport.bundle import MAX_SMALL_BYTES
 from glmexport.checkpoint import Checkpoint
 from glmexport.config import ModelConfig
 from glmexport.draft import BundleDraft, GraphDraft, Notice, ignore_notice
@@ -22,6 +23,7 @@ from glmexport.patch import ModelPatch
 from glmexport.stamping import buffer_values, external_shapes, skeleton_for, stamped_graph
 from glmexport.tensors import SLICE_BYTES, ArrayTensor, Tensor, rows_per_slice
 from glmexport.tools import tool_versions
+from glmexport.untrusted import read_small_file
 
 FLOAT16_OVERFLOW = 65520.0
 """Where rounding to the nearest float16 begins to give infinity; the largest float16 is 65504."""
@@ -139,7 +141,11 @@ def draft_of_checkpoint(
         for part in parts
     )
     return BundleDraft(
-        facts, config, Form(dtype=dtype), graphs, {path.name: path.read_bytes() for path in checkpoint.tokenizer_files}
+        facts,
+        config,
+        Form(dtype=dtype),
+        graphs,
+        {path.name: read_small_file(path, MAX_SMALL_BYTES) for path in checkpoint.tokenizer_files},
     )
 
 

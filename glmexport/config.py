@@ -13,6 +13,11 @@ from typing import Any
 
 from glmexport.errors import CheckpointError
 
+MAX_SIZE = 1 << 24
+"""Of one dimension; the products of two stay far below 2**63."""
+
+_MAX_BLOCKS = 4096
+
 
 @dataclass(frozen=True)
 class SpecialIds:
@@ -61,6 +66,25 @@ class ModelConfig:
     def head_dim(self) -> int:
         """Width of one attention head."""
         return self.hidden_size // self.num_heads
+
+
+def implausible_sizes(config: ModelConfig) -> list[str]:
+    """Sizes and ids that no supported model has, in words; nothing may be built of them."""
+    sizes = {
+        "vocabulary": config.vocab_size,
+        "hidden": config.hidden_size,
+        "inner": config.inner_size,
+        "heads": config.num_heads,
+        "positions": config.max_positions,
+    }
+    wrong = [f"{name} {size}" for name, size in sizes.items() if not 0 < size <= MAX_SIZE]
+    if not 0 < config.num_blocks <= _MAX_BLOCKS:
+        wrong.append(f"blocks {config.num_blocks}")
+    ids = {"image tokens": config.num_image_tokens, **vars(config.special_ids)}
+    wrong += [f"{name} {value}" for name, value in ids.items() if not 0 <= value <= config.vocab_size]
+    if not wrong and config.hidden_size % config.num_heads:
+        wrong.append(f"heads {config.num_heads}, which do not divide hidden {config.hidden_size}")
+    return [f"{complaint:.80}" for complaint in wrong]
 
 
 class RawConfig:

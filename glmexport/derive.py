@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+from glmexport import names
 from glmexport.bundle import Bundle, check_files
 from glmexport.bundle_writer import check_output
 from glmexport.draft import BundleDraft, Notice, draft_of_bundle
@@ -49,10 +50,10 @@ def derive_total(bundle: Bundle) -> int:
 
 
 def _demand_intact(bundle: Bundle, advance: Advance) -> None:
-    complaints = []
+    complaints, listed = [], {*bundle.files, names.MANIFEST}  # files that are not are left behind
     for name, complaint in check_files(bundle):
         advance(f"hash {name}", bundle.files[name].bytes if name in bundle.files else 0)
-        if complaint and name in bundle.files:
+        if complaint and name in listed:
             complaints.append(complaint)
     if complaints:
         more = f" and {len(complaints) - MAX_NAMED} more like it" if len(complaints) > MAX_NAMED else ""

@@ -14,7 +14,7 @@ from typing import Any
 import onnx
 
 from glmexport import __version__, names
-from glmexport.bundle import SCHEMA, Bundle, LinkedFile
+from glmexport.bundle import MAX_SMALL_BYTES, SCHEMA, Bundle, LinkedFile
 from glmexport.config import ModelConfig
 from glmexport.errors import BundleError
 from glmexport.form import FLOAT32, RAW_DTYPES, WEIGHTS, Form
@@ -29,6 +29,7 @@ from glmexport.onnx_files import (
 )
 from glmexport.stored import stored_tensors
 from glmexport.tensors import FileTensor, Matrix, Tensor
+from glmexport.untrusted import read_small_file
 
 GRAPH_FILE_BYTES = 32 << 10
 """More than one graph file has without its weights (a quantized block at opset 14 has 23 kB), for estimates."""
@@ -107,16 +108,13 @@ class BundleDraft:
         return dataclasses.replace(self, graphs=graphs)
 
     def read_file(self, name: str) -> bytes:
-        """The content of a small file. Raises BundleError where it cannot be read."""
+        """The content of a small file. Raises CheckpointError where it cannot be read."""
         content = self.files[name]
         if isinstance(content, bytes):
             return content
         if not isinstance(content, LinkedFile):
             raise TypeError(f"{name} is a tensor")
-        try:
-            return content.path.read_bytes()
-        except OSError as error:
-            raise BundleError(f"{content.path} could not be read ({error.strerror}).") from error
+        return read_small_file(content.path, MAX_SMALL_BYTES)
 
     def table(self) -> Tensor:
         """The raw embedding [vocab, hidden] as it is stored: uint16 for bfloat16. Raises KeyError without one."""
@@ -205,7 +203,7 @@ FACTS = ("architecture", "tied", "opset", "argmax", "tokenizer", "checkpoint", "
 
 
 def _graph_of_bundle(bundle: Bundle, entry: Mapping[str, Any]) -> GraphDraft:
-    model = load_graph(bundle.path(entry["file"]))
+    model = load_graph(bundle.whole_path(entry["file"]))
     places = sorted(stored_tensors(bundle, model, entry).values(), key=lambda place: place.offset)
     transposed = set(entry["transposed"])
     return GraphDraft(

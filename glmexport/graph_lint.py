@@ -9,8 +9,9 @@ from pathlib import Path
 import onnx
 from onnx import TensorProto
 
+from glmexport.errors import printable, reason_of
 from glmexport.interface import OPSETS, GraphSpec, TensorSpec
-from glmexport.onnx_files import ALIGNMENT, external_tensors, load_graph, stored_bytes
+from glmexport.onnx_files import ALIGNMENT, external_tensors, hidden_data, load_graph, stored_bytes
 
 CONTROL_FLOW = ("If", "Loop", "Scan")
 CONTRIB_DOMAIN = "com.microsoft"
@@ -47,8 +48,16 @@ def lint_graph(path: Path, spec: GraphSpec, opset: int) -> list[str]:
         AttributeError,
         RuntimeError,
     ) as error:  # onnx's own, over senseless fields
-        complaints.append(f"cannot be checked ({str(error).splitlines()[0]}); the file is damaged, split again.")
-    return [f"{path.name}: {complaint}" for complaint in complaints]
+        complaints.append(f"cannot be checked ({reason_of(error)}); the file is damaged, split again.")
+    return [f"{path.name}: {printable(complaint)}" for complaint in complaints]
+
+
+def foreign_parts(model: onnx.ModelProto, spec: GraphSpec) -> list[str]:
+    """Of these complaints those that are quick to find: operators that no graph of ours has, another signature."""
+    try:
+        return [*_operators(model), *_signature(model, spec)]
+    except KeyError as error:
+        return [f"has a type {reason_of(error)} that onnx does not know"]
 
 
 def _operators(model: onnx.ModelProto) -> Iterator[str]:
@@ -100,6 +109,9 @@ def _initializers(model: onnx.ModelProto, path: Path) -> Iterator[str]:
         twin = same.setdefault((tensor.data_type, value.shape, value.tobytes()), tensor.name)
         if twin != tensor.name:
             yield f"holds the same constant twice, as {twin} and {tensor.name}."
+    hidden = hidden_data(model)
+    if hidden is not None:
+        yield f"has {hidden}, expected data in initializers alone."
     end = 0
     for external in sorted(external_tensors(model, path.name), key=lambda tensor: tensor.offset):
         file = path.with_name(f"{path.name}.data")
@@ -127,7 +139,7 @@ def _baked_lengths(model: onnx.ModelProto, spec: GraphSpec) -> Iterator[str]:
     try:
         inferred = onnx.shape_inference.infer_shapes(bare, strict_mode=True, data_prop=True)
     except onnx.shape_inference.InferenceError as error:
-        yield f"fails shape inference: {str(error).splitlines()[0]}"
+        yield f"fails shape inference ({reason_of(error)})."
         return
     known = {name for tensor in spec.inputs for name in tensor.dynamic_axes.values()}
     for value, expected in zip(inferred.graph.output, spec.outputs, strict=False):
@@ -166,7 +178,7 @@ def _checker(model: onnx.ModelProto) -> Iterator[str]:
     try:
         onnx.checker.check_model(bare, full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-        yield f"fails onnx.checker: {str(error).splitlines()[0]}"
+        yield f"fails onnx.checker ({reason_of(error)})."
 
 
 def _constants(model: onnx.ModelProto) -> Iterator[TensorProto]:

@@ -12,8 +12,12 @@ from typing import TYPE_CHECKING
 
 from glmexport import names
 from glmexport.bundle import Bundle
-from glmexport.errors import BundleError
+from glmexport.errors import BundleError, printable, reason_of
+from glmexport.graph_lint import foreign_parts
+from glmexport.interface import graph_spec
+from glmexport.onnx_files import load_graph
 from glmexport.placement import READ_AHEAD, Placement, graphs_for_gpu, held_on_cpu, place
+from glmexport.stored import stored_tensors
 
 if TYPE_CHECKING:
     import onnxruntime  # type: ignore[import-untyped]
@@ -23,6 +27,9 @@ _NO_GPU = (CPU_PROVIDER, "AzureExecutionProvider")
 OPENERS = 2
 """Graphs opened side by side. Packing a graph's weights keeps one core busy, so a second one waits for the disk or
 uses another core; more would only take turns."""
+
+MAX_COMPLAINT = 400
+"""Characters of what is said about a graph, which may hold names of any length."""
 
 _ADVICE_BYTES = 1 << 20  # Linux reads no more than some of the disk's largest request for one piece of advice
 
@@ -132,9 +139,8 @@ class GraphPool:
     def _load(self, graph: str) -> onnxruntime.InferenceSession:
         import onnxruntime
 
-        path = self._bundle.path(names.graph_file(graph))
-        for name in (names.graph_file(graph), names.data_file(graph)):
-            self._bundle.whole_path(name)
+        path = self._bundle.whole_path(names.graph_file(graph))
+        self._demand_ours(graph, path)
         if graph in self.placement.streamed:
             _read_ahead(self._bundle.path(names.data_file(graph)))
         options = onnxruntime.SessionOptions()
@@ -151,8 +157,20 @@ class GraphPool:
         try:
             return onnxruntime.InferenceSession(str(path), options, providers=providers)
         except Exception as error:  # onnxruntime's own errors share no public base class
-            reason = str(error).splitlines()[0]
-            raise BundleError(f"{path.name} could not be loaded ({reason}); copy the bundle or split again.") from error
+            raise BundleError(
+                f"{path.name} could not be loaded ({reason_of(error)}); copy the bundle or split again."
+            ) from error
+
+    def _demand_ours(self, graph: str, path: Path) -> None:
+        """Refuse what onnxruntime would trust: data outside the bundle, sizes that are not the model's, loops."""
+        model = load_graph(path)
+        stored_tensors(self._bundle, model, self._bundle.graph(graph))
+        spec = graph_spec(graph, self._bundle.config, self._bundle.argmax)
+        complaints = foreign_parts(model, spec)
+        if complaints:
+            raise BundleError(
+                f"{path.name} {printable(complaints[0])[:MAX_COMPLAINT].rstrip('.')}; copy the bundle or split again."
+            )
 
     def _providers_of(self, graph: str) -> list[str]:
         """Execution providers of a graph, first choice first; BundleError where onnxruntime has not got them."""

@@ -19,11 +19,23 @@ from glmexport.errors import BundleError
 ALIGNMENT = 4096
 """Every tensor starts at a multiple of this many bytes, a page, so that runtimes can map it."""
 
+MAX_GRAPH_BYTES = 64 << 20
+"""A thousand times what a graph file has, whose weights lie beside it."""
+
 COMPARE_BYTES = 16 << 20
 """Stored tensors are compared in bands of about this many bytes."""
 
 FOUR_BITS = {"int4": TensorProto.INT4, "uint4": TensorProto.UINT4}
 """Element types that lie two a byte, the first in the low half."""
+
+_STORED = {
+    **{number: name for name, number in FOUR_BITS.items()},
+    **{
+        onnx.helper.np_dtype_to_tensor_dtype(np.dtype(name)): name
+        for name in ("float16", "float32", "float64", "int8", "int16", "int32", "int64", "uint8", "bool")
+    },
+}
+"""Data types that external tensors may have, by their number in ONNX."""
 
 Array = npt.NDArray[Any]
 
@@ -127,11 +139,16 @@ def stamp(
 def load_graph(path: Path) -> onnx.ModelProto:
     """The graph at `path` without its external data. Raises BundleError where it is not an ONNX model."""
     try:
-        model = onnx.load(path, load_external_data=False)
+        size = path.stat().st_size
+        model = onnx.load(path, load_external_data=False) if size <= MAX_GRAPH_BYTES else onnx.ModelProto()
     except OSError as error:
         raise BundleError(f"{path} could not be read ({error.strerror}); copy or split the bundle again.") from error
+    except MemoryError:
+        raise
     except Exception as error:  # protobuf raises one of several errors of its own, depending on its implementation
         raise BundleError(f"{path.name} is not a readable ONNX model; the file is damaged, split again.") from error
+    if size > MAX_GRAPH_BYTES:
+        raise BundleError(f"{path} has {size} bytes, expected at most {MAX_GRAPH_BYTES}; split the bundle again.")
     if not model.HasField("graph"):
         raise BundleError(f"{path.name} holds no ONNX graph; the file is damaged, split again.")
     return model
@@ -145,15 +162,32 @@ def external_tensors(model: onnx.ModelProto, where: str) -> list[ExternalTensor]
             continue
         entries = {str(entry.key): str(entry.value) for entry in proto.external_data}  # bytes where it is not UTF-8
         offset, length = entries.get("offset", "0"), entries.get("length", "")
-        if not (offset.isdecimal() and length.isdecimal()):
+        if not all(number.isascii() and number.isdecimal() and len(number) < 20 for number in (offset, length)):
             raise BundleError(
                 f"{where}: the external data of {proto.name} has offset {offset!r} and length {length!r}, "
                 f"expected whole numbers; the graph was not written by glmexport, or is damaged."
             )
-        dtype = onnx.helper.tensor_dtype_to_np_dtype(proto.data_type).name
-        location = entries.get("location", "")
+        dtype, location = _STORED.get(proto.data_type), entries.get("location", "")
+        if dtype is None or min(proto.dims, default=0) < 0:
+            raise BundleError(
+                f"{where}: {proto.name} has the data type {proto.data_type} and the shape "
+                f"{list(proto.dims)[:8]}, which no weight has; the graph was not written by glmexport, or is damaged."
+            )
         found.append(ExternalTensor(proto.name, dtype, tuple(proto.dims), location, int(offset), int(length)))
     return found
+
+
+def hidden_data(model: onnx.ModelProto) -> str | None:
+    """What a model has beside nodes, initializers and plain attributes, in words: any of it could point to any file."""
+    if model.functions or model.training_info or model.graph.sparse_initializer:
+        return "functions, training or sparse weights"
+    for node in model.graph.node:
+        for one in node.attribute:
+            if one.HasField("g") or one.graphs or one.tensors or one.HasField("sparse_tensor"):
+                return f"{node.op_type} nodes that hold graphs or several tensors"
+            if one.t.data_location == TensorProto.EXTERNAL:
+                return f"{node.op_type} nodes with external data"
+    return None
 
 
 def as_bytes(tensor: ExternalTensor) -> ExternalTensor:

@@ -116,7 +116,10 @@ def _map_parts(
             )
         if layout == "qdq" and part != SCALES:
             place = as_bytes(place)
-        parts[part] = np.memmap(
-            directory / place.location, mode="r", dtype=place.dtype, offset=place.offset, shape=place.shape
-        )
+        try:
+            parts[part] = np.memmap(
+                directory / place.location, mode="r", dtype=place.dtype, offset=place.offset, shape=place.shape
+            )
+        except (OSError, ValueError) as error:
+            raise BundleError(f"{place.location} could not be mapped ({error}); copy the bundle again.") from error
     return parts

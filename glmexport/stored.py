@@ -9,15 +9,20 @@ import onnx
 
 from glmexport.bundle import Bundle
 from glmexport.errors import BundleError
-from glmexport.onnx_files import ExternalTensor, external_tensors, load_graph, stored_bytes
+from glmexport.onnx_files import ExternalTensor, external_tensors, hidden_data, load_graph, stored_bytes
 
 
 def stored_tensors(bundle: Bundle, model: onnx.ModelProto, entry: Mapping[str, Any]) -> dict[str, ExternalTensor]:
     """Name -> place of every external tensor of a loaded graph, all of them inside the graph's own data file.
 
-    entry: the manifest's, of that graph. Raises BundleError for a place that is elsewhere or of another size.
+    entry: the manifest's, of that graph. Raises BundleError for a place that is elsewhere or of another size,
+    and where the data file is not what the manifest says.
     """
+    hidden = hidden_data(model)
+    if hidden is not None:
+        raise BundleError(f"{entry['file']} has {hidden}, expected data in initializers alone; split the bundle again.")
     places = {}
+    bundle.whole_path(entry["data"])
     for place in external_tensors(model, entry["file"]):
         end, expected = place.offset + place.length, stored_bytes(place.dtype, place.shape)
         if place.location != entry["data"] or place.length != expected or end > bundle.files[entry["data"]].bytes:
@@ -32,4 +37,4 @@ def stored_tensors(bundle: Bundle, model: onnx.ModelProto, entry: Mapping[str, A
 def stored_tensors_of(bundle: Bundle, graph: str) -> dict[str, ExternalTensor]:
     """The same of the graph of that name. Raises BundleError."""
     entry = bundle.graph(graph)
-    return stored_tensors(bundle, load_graph(bundle.path(entry["file"])), entry)
+    return stored_tensors(bundle, load_graph(bundle.whole_path(entry["file"])), entry)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from sentencepiece import SentencePieceProcessor
+from sentencepiece import SentencePieceProcessor, set_min_log_level
 
 from glmexport import names
 from glmexport.errors import BundleError, CheckpointError, GlmExportError
@@ -28,6 +28,7 @@ GMASK, BOS = "[gMASK]", "<sop>"
 SPECIAL_PIECES = ("[MASK]", GMASK, "[sMASK]", "<unused_0>", BOS, "<eop>", "<ENC>", "<dBLOCK>")
 
 MODEL_LIMIT = 64 << 20  # bytes; the real one has 2.7 MB
+_FATAL = 3  # of sentencepiece's log levels
 _SPACE, _NEWLINE = "▁", "<n>"
 _STAND_INS = {"\n": _NEWLINE, "\t": "<|tab|>"} | {" " * count: f"<|blank_{count}|>" for count in range(80, 1, -1)}
 _STOOD_FOR = {piece: text for text, piece in _STAND_INS.items()}
@@ -64,14 +65,8 @@ class Tokenizer:
 
         Raises CheckpointError: no such model, not this architecture's, too large for the vocabulary.
         """
-        self._processor = SentencePieceProcessor()
-        try:
-            self._processor.LoadFromSerializedProto(model)
-            self._pieces: list[str] = self._processor.IdToPiece(list(range(len(self._processor))))
-        except (RuntimeError, ValueError, IndexError) as error:
-            raise CheckpointError(
-                f"{origin} is truncated or corrupt: no SentencePiece model; download it again."
-            ) from error
+        self._processor = load_processor(model, origin)
+        self._pieces: list[str] = self._processor.IdToPiece(list(range(len(self._processor))))
         self._id_of = {piece: piece_id for piece_id, piece in enumerate(self._pieces)}
         if missing := [name for name in (_SPACE, _NEWLINE, GMASK, BOS) if name not in self._id_of]:
             raise CheckpointError(f"{origin} has no piece {few(missing)}; expected the tokenizer of ChatGLM-6B.")
@@ -210,9 +205,8 @@ class Tokenizer:
         """The SentencePiece model that segments without the dropped pieces; control and byte pieces stay."""
         drop = (self._new_of < 0) & (np.array(self._kinds) == NORMAL)
         drop[self._id_of[_NEWLINE]] = False  # of whatever kind: `_encode` counts on one piece for it
-        processor = SentencePieceProcessor()
-        processor.LoadFromSerializedProto(without_pieces(self._processor.serialized_model_proto(), drop))
-        return processor
+        model = without_pieces(self._processor.serialized_model_proto(), drop)
+        return load_processor(model, "The slimmed SentencePiece model")
 
     @cached_property
     def _kinds(self) -> list[int]:
@@ -243,6 +237,20 @@ class Tokenizer:
             raise GlmExportError(f"No such tokens in this bundle: {error}.") from error
         text_ids: list[int] = piece_ids[(piece_ids >= 0) & (piece_ids < len(self._pieces))].tolist()
         return text_ids
+
+
+def load_processor(model: bytes, origin: str) -> SentencePieceProcessor:
+    """What runs a SentencePiece model. Raises CheckpointError, which names `origin`, where it is none."""
+    set_min_log_level(_FATAL)  # what it would write to stderr is raised too
+    processor = SentencePieceProcessor()
+    try:
+        processor.LoadFromSerializedProto(model)
+        processor.IdToPiece(list(range(len(processor))))
+    except (RuntimeError, ValueError, IndexError) as error:
+        raise CheckpointError(
+            f"{origin} is truncated or corrupt: no SentencePiece model; download it again."
+        ) from error
+    return processor
 
 
 class TextStream:

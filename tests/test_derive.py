@@ -252,7 +252,7 @@ def test_a_damaged_source_is_one_sentence_and_nothing_is_written(command, copy, 
 
 def test_many_damaged_files_are_counted(copy, tmp_path):
     for path in copy.glob("*.data"):
-        path.write_bytes(path.read_bytes() + b"x")
+        path.write_bytes(bytes(path.stat().st_size))
     assert_one_sentence(glmexport("embed", copy, "-o", tmp_path / "out"), "is damaged:", "and 1 more like it")
 
 
@@ -374,7 +374,7 @@ def test_another_error_of_a_link_is_told(bundle, tmp_path, monkeypatch):
         raise OSError(errno.EIO, "Input/output error")
 
     monkeypatch.setattr(os, "link", broken)
-    with pytest.raises(BundleError, match="could not be written: Input/output error; nothing was left there"):
+    with pytest.raises(BundleError, match="could not be written: Input/output error"):
         derived(bundle, tmp_path / "out", BF16)
     assert list(tmp_path.iterdir()) == []
 
@@ -400,7 +400,7 @@ def test_a_full_disk(command, bundle, tmp_path, monkeypatch, room):
 
     monkeypatch.setattr(HashingFile, "__init__", on_full_disk)
     with untouched(bundle):
-        assert_one_sentence(command(bundle, tmp_path / "deep" / "out"), "the disk is full; nothing was left there")
+        assert_one_sentence(command(bundle, tmp_path / "deep" / "out"), "the disk is full")
     assert list(tmp_path.iterdir()) == []
 
 

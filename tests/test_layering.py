@@ -32,7 +32,6 @@ LAYERS = (
     ("bundle", "checkpoint", "equivalence", "quantized", "raw_rows", "stamping", "verify.matrices", "verify.runs"),
     (
         "bundle_tokenizer",
-        "graph_pool",
         "inventory",
         "journal",
         "quantize_report",
@@ -40,7 +39,7 @@ LAYERS = (
         "verify.forms",
         "verify.reference",
     ),
-    ("bundle_writer", "doctor", "draft", "embedding_rows", "verify.stored_weights"),
+    ("bundle_writer", "doctor", "draft", "embedding_rows", "graph_pool", "verify.stored_weights"),
     (
         "checkpoint_draft",
         "draft_writer",

@@ -368,7 +368,7 @@ def test_a_damaged_graph_is_told_when_it_is_its_turn(damaged, options, watched):
         for _ in range(2):
             with pytest.raises(
                 BundleError,
-                match=r"^glm_block_1\.onnx could not be loaded \([^\n]+\); copy the bundle or split again\.$",
+                match=r"^glm_block_1\.onnx is not a readable ONNX model; the file is damaged, split again\.$",
             ):
                 session.block(1, hidden, mask, positions, session.empty_past(1))
         session.head(hidden)
@@ -377,7 +377,7 @@ def test_a_damaged_graph_is_told_when_it_is_its_turn(damaged, options, watched):
 
 
 def test_a_damaged_graph_is_told_on_load(damaged):
-    with opened(damaged) as session, pytest.raises(BundleError, match=r"^glm_block_1\.onnx could not be loaded"):
+    with opened(damaged) as session, pytest.raises(BundleError, match=r"^glm_block_1\.onnx is not a readable"):
         session.load()
 
 
@@ -406,7 +406,7 @@ def test_data_that_is_cut_short_is_told(form, tmp_path):
 
 def test_inputs_that_do_not_fit_are_told_in_a_sentence(form):
     with opened(form("float")) as session:
-        with pytest.raises(BundleError, match=r"^lm\.onnx failed to run: [^\n]+$"):
+        with pytest.raises(BundleError, match=r"^lm\.onnx failed to run \([^\n]+\); [^\n]+\.$"):
             session.head(np.zeros((1, 1, 7), np.float32))
         for ids in ([[-1]], [[session.config.vocab_size]], [[0, 10**9]]):
             with pytest.raises(BundleError, match=rf"expected 0 to {session.config.vocab_size - 1}\.$"):

@@ -57,4 +57,4 @@ def _recipe(bundle: Bundle) -> str:
         raise BundleError(f"The bundle is quantized and has no {names.RECIPE}; quantize it again.")
     if bundle.files[names.RECIPE].bytes > MAX_RECIPE_BYTES:
         raise BundleError(f"{names.RECIPE} has {bundle.files[names.RECIPE].bytes} bytes, expected some rules.")
-    return bundle.path(names.RECIPE).read_text("utf-8", errors="replace")
+    return bundle.read_small(names.RECIPE).decode("utf-8", errors="replace")

@@ -47,7 +47,7 @@ def check_structure(bundle: Bundle, expected: BundleDraft, advance: Callable[[st
     differ = [tool for tool in EXPORT_TOOLS if not isinstance(made_with, dict) or made_with.get(tool) != ours[tool]]
     failed = False
     for graph, entry in zip(expected.graphs, bundle.graphs, strict=True):
-        model = load_graph(bundle.path(entry["file"]))
+        model = load_graph(bundle.whole_path(entry["file"]))
         complaints = [
             *_entry_complaints(expected, graph, model, entry),
             *_weight_complaints(bundle, graph, entry, model),
@@ -91,7 +91,7 @@ def _tokenizer_complaints(bundle: Bundle, expected: BundleDraft) -> tuple[list[s
     complaints = [
         f"{name} is not what the checkpoint gives."
         for name, content in small.items()
-        if name in bundle.files and bundle.path(name).read_bytes() != content
+        if name in bundle.files and bundle.read_small(name) != content
     ]
     if complaints or bundle.form.slim is None:
         return complaints, "files equal the checkpoint's"
