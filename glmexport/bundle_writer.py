@@ -24,20 +24,32 @@ from numpy.typing import NDArray
 from glmexport import names
 from glmexport.bundle import FileRecord, LinkedFile, manifest_text, sha256_of
 from glmexport.direct_file import DirectFile, page_block
-from glmexport.errors import BundleError
+from glmexport.errors import BundleError, GlmExportError
 from glmexport.journal import JOURNAL, Finished, Journal
 
 _NO_LINKS = (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP, errno.ENOSYS)
 _COPY_BYTES = 8 << 20
 _Filled: TypeAlias = tuple[NDArray[np.uint8], int]  # a block, and how many of its bytes are to be written
+_ADVICE = {
+    errno.ENOSPC: ("the disk is full", "free some of it or choose another output"),
+    errno.EDQUOT: ("the disk quota is used up", "free some of it or choose another output"),
+    errno.EMFILE: (os.strerror(errno.EMFILE), "raise the limit (`ulimit -n`)"),
+    errno.ENOMEM: ("there is not enough memory", "close other programs"),
+}
+
+KEPT = "The finished graphs are kept; go on with --resume."
+"""The note that an error carries where a later run can go on."""
 
 
 class BundleWriter:
     """Builds a bundle in a hidden directory beside `output`; `commit` makes it appear complete, or it never does.
 
-    Use it as a context manager: leaving it without `commit`, for whatever reason, removes what was written. Two things
-    leave `.<name>.partial`, which the next run clears or, with `resume`, goes on with: a run that is killed outright;
-    and Ctrl-C, where `identity` was given and a graph is finished.
+    Use it as a context manager. Leaving it without `commit` removes what was written, with one exception: where
+    `identity` was given and a graph is finished, `.<name>.partial` stays for a later run to go on with (`resume`), and
+    the error carries the note KEPT. That holds for whatever a later run may be spared: Ctrl-C, a full disk, a file
+    that cannot be read, too little memory. Where what the bundle is made from is found to be wrong, only what an
+    earlier run had finished stays. A run that is killed outright leaves the directory too; one without `resume` clears
+    it.
     """
 
     def __init__(
@@ -71,60 +83,94 @@ class BundleWriter:
 
     def __enter__(self) -> BundleWriter:
         with _sentences(self.output):
-            self._made = [parent for parent in self.output.parents if not parent.exists()]
-            self._partial.mkdir(parents=True, exist_ok=True)
-            self._lock = os.open(self._partial, os.O_RDONLY)
             try:
-                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                os.close(self._lock)
-                raise BundleError(
-                    f"Another run is writing to {self.output}; wait for it or choose another output."
-                ) from error
-            try:
+                self._occupy()
+                check_output(self.output, force=self._force)  # again: another run may just have ended
                 self._take_up()
-            except BundleError:
-                os.close(self._lock)
+            except BaseException:
+                self._leave(kept=self._resume and unfinished(self.output))
                 raise
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._syncer.shutdown(cancel_futures=True)
-        kept = kind is KeyboardInterrupt and self._journal is not None and bool(self._journal.finished)
-        if not self._committed and not kept:  # afterwards a directory of that name is another run's
+        self._syncer.shutdown(cancel_futures=True)  # from here on no other graph is finished
+        finished = self._journal is not None and bool(self._journal.finished)
+        kept = finished and (self.resumed or (error is not None and _may_pass(error)))
+        if kept and error is not None:
+            error.add_note(KEPT)
+        self._leave(kept=kept)
+
+    def _occupy(self) -> None:
+        """Make the directory and lock it. Raises BundleError where another run has it, OSError."""
+        self._made = [parent for parent in (self._partial, *self._partial.parents) if not parent.exists()]
+        while self._lock is None:
+            self._partial.mkdir(parents=True, exist_ok=True)
+            lock = os.open(self._partial, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)  # it is emptied: no link
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                # a run that ended between these lines has renamed or removed what was opened, and a third may have
+                # made the directory anew
+                if _is_at(lock, self._partial):
+                    self._lock = lock
+            except BlockingIOError as error:
+                self._made = []
+                raise BundleError(
+                    f"Another run is writing to {self.output}; wait for it or choose another output."
+                ) from error
+            finally:
+                if self._lock is None:
+                    os.close(lock)
+
+    def _leave(self, *, kept: bool) -> None:
+        """Remove what was made, unless it is kept, complete or another run's, and unlock it."""
+        if self._lock is not None and not kept and not self._committed:
             _remove(self._partial)
-            with suppress(OSError):  # a parent may hold something else by now
-                for parent in self._made:
-                    parent.rmdir()
+        if not self._committed:
+            with suppress(OSError):  # what holds something by now stays
+                for made in self._made:
+                    if made.exists():
+                        made.rmdir()
         if self._lock is not None:
             os.close(self._lock)
+            self._lock = None
 
     def finished(self, graph: str) -> dict[str, Any] | None:
         """The manifest's entry of a graph that an earlier run finished, if its files still have their hashes."""
-        done = self._journal.finished.get(graph) if self._journal and self.resumed else None
-        if done is None:
+        journal = self._journal
+        done = journal.finished.get(graph) if journal and self.resumed else None
+        if journal is None or done is None:
             return None
         with _sentences(self.output):
             if any(sha256_of(self._partial / name) != record.sha256 for name, record in done.files.items()):
                 for name in done.files:
                     (self._partial / name).unlink()
+                del journal.finished[graph]
                 return None
         self.files.update(done.files)
         return done.entry
 
     def finish(self, graph: str, files: Iterable[str], entry: dict[str, Any]) -> None:
         """Note that a graph is finished, once its files are synced."""
-        if self._journal is not None:
-            done = Finished({name: self.files[name] for name in files}, entry)
-            self._syncs.append(self._syncer.submit(self._journal.add, graph, done))
+        if self._journal is None:
+            return
+        journal, before = self._journal, tuple(self._syncs)
+        done = Finished({name: self.files[name] for name in files}, entry)
+
+        def note() -> None:
+            for sync in before:
+                sync.result()  # where that failed, nothing behind it counts
+            journal.add(graph, done)
+
+        self._syncs.append(self._syncer.submit(note))
 
     def _take_up(self) -> None:
         """Clear what an earlier run left, but for what it finished, if that is to be gone on with."""
         self.resumed = self._resume and self._journal is not None and self._journal.resume()
         keep: set[str] = set()
         if self._journal is not None and self.resumed:
+            keep.add(JOURNAL)  # until another one stands in its place
             for graph, done in list(self._journal.finished.items()):
                 if all(_has_size(self._partial / name, record.bytes) for name, record in done.files.items()):
                     keep |= done.files.keys()
@@ -138,6 +184,9 @@ class BundleWriter:
     def create(self, name: str) -> Iterator[HashingFile]:
         """A new file that is hashed as it is written and recorded at the end; `commit` waits until it is synced."""
         with _sentences(self.output):
+            for sync in self._syncs:
+                if sync.done():
+                    sync.result()  # not hours later
             file = HashingFile(self._partial / name)
             try:
                 yield file
@@ -181,29 +230,44 @@ class BundleWriter:
                 file.write(manifest_text(document))
                 file.flush()
                 os.fsync(file.fileno())
+            check_output(self.output, force=self._force)  # again: hours may have passed
+            self._put_in_place()
+        return self.output
+
+    def _put_in_place(self) -> None:
+        """Rename the complete directory. Raises OSError, and then all is as it was before."""
+        replaced = self.output.with_name(f".{self.output.name}.replaced")
+        moved = False
+        try:
             if self._journal is not None:
                 self._journal.remove()
             _sync_directory(self._partial)
-            check_output(self.output, force=self._force)  # again: hours may have passed
-            replaced = self.output.with_name(f".{self.output.name}.replaced")
             if self.output.exists():
                 _remove(replaced)
                 self.output.rename(replaced)
-            try:
-                self._partial.rename(self.output)
-            except OSError:
-                if replaced.exists():
+                moved = True
+            self._partial.rename(self.output)
+        except BaseException:
+            with suppress(OSError):
+                if moved:
                     replaced.rename(self.output)
-                raise
-            self._committed = True
-            _sync_directory(self.output.parent)
-            _remove(replaced)
-        return self.output
+                if self._journal is not None:
+                    self._journal.rewrite()
+            raise
+        self._committed = True  # whatever happens from here on, the bundle is there
+        _sync_directory(self.output.parent)
+        _remove(replaced)
 
 
 def unfinished(output: Path) -> bool:
     """Whether an earlier run to `output` left something to go on with."""
     return (_partial_of(output) / JOURNAL).is_file()
+
+
+def _may_pass(error: BaseException) -> bool:
+    """Whether a later run may be spared what ended this one: nothing that glmexport found wrong with what it reads."""
+    found_wrong = isinstance(error, GlmExportError) and not isinstance(error, BundleError)
+    return not found_wrong or isinstance(error.__cause__, OSError)
 
 
 def _partial_of(output: Path) -> Path:
@@ -354,10 +418,8 @@ def _sentences(output: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        reason = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the disk quota is used up"}.get(
-            error.errno or 0, error.strerror or str(error)
-        )
-        raise BundleError(f"{output} could not be written: {reason}; nothing was left there.") from error
+        reason, advice = _ADVICE.get(error.errno or 0, (error.strerror or str(error), "choose another output"))
+        raise BundleError(f"{output} could not be written: {reason}; {advice}.") from error
 
 
 def _has_size(path: Path, size: int) -> bool:
@@ -379,10 +441,18 @@ def _remove(directory: Path) -> None:
     shutil.rmtree(directory, ignore_errors=True)
 
 
-def _sync_directory(directory: Path) -> None:
-    handle = os.open(directory, os.O_RDONLY)
+def _is_at(handle: int, path: Path) -> bool:
+    """Whether what was opened is still what lies there."""
     try:
-        with suppress(OSError):  # some file systems do not sync directories; the rename is atomic all the same
+        return os.path.samestat(os.fstat(handle), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _sync_directory(directory: Path) -> None:
+    with suppress(OSError):  # some file systems do not sync directories; the rename is atomic all the same
+        handle = os.open(directory, os.O_RDONLY)
+        try:
             os.fsync(handle)
-    finally:
-        os.close(handle)
+        finally:
+            os.close(handle)

@@ -61,7 +61,7 @@ def write_bundle(
     where none can. advance: takes (graph or file, bytes written) as weights are written.
     Raises BundleError where the output may not be written, the disk is too small (before starting), or what is to be
     resumed is another bundle; ExportError where a graph is not what it must be, and whatever the tensors raise while
-    they are read. No error leaves anything behind.
+    they are read. What is left behind, `BundleWriter` says.
     """
     identity, resume = (None, False) if resumable is None else (resumable.identity, resumable.resume)
     if not resume:

@@ -1,18 +1,22 @@
 """What is finished of a bundle that is not: a file beside its parts, from which a later run goes on.
 
 The first line says what is being made, from what; each further line is one finished graph: its files, on disk and
-synced before the line was, and its entry in the manifest. A line that was cut off counts as none.
+synced before the line was, and its entry in the manifest. Each ends with its SHA-256: one that was cut off or changed
+counts as none, nor do those behind it.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import stat
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from glmexport import names
 from glmexport.bundle import FileRecord
 from glmexport.errors import BundleError
 
@@ -29,18 +33,15 @@ class Finished:
 
 
 class Journal:
-    """The journal of one run. identity: all that the bytes of the bundle follow from, as plain JSON values."""
+    """The journal of one run. identity: all that the bytes of the bundle follow from, as plain JSON values.
+
+    finished: graph -> what there is of it.
+    """
 
     def __init__(self, directory: Path, identity: Mapping[str, Any]) -> None:
         self.finished: dict[str, Finished] = {}
         self._path = directory / JOURNAL
         self._identity = json.loads(json.dumps(identity))
-
-    def begin(self) -> None:
-        """Start it anew. Raises OSError."""
-        self.finished.clear()
-        with self._path.open("w", encoding="utf-8") as file:
-            _add_line(file, {"identity": self._identity})
 
     def resume(self) -> bool:
         """Take in what an earlier run finished; false where there is no journal to go by.
@@ -59,25 +60,29 @@ class Journal:
             )
         for line in lines:
             try:
-                files = {name: FileRecord(int(size), str(sha256)) for name, (size, sha256) in line["files"].items()}
-                self.finished[str(line["graph"])] = Finished(files, dict(line["entry"]))
+                graph, records = str(line["graph"]), line["files"]
+                files = {name: FileRecord(int(size), str(sha256)) for name, (size, sha256) in records.items()}
+                entry = dict(line["entry"])
             except (TypeError, ValueError, KeyError, AttributeError):
                 break
+            if "/" in graph or {*files} != {names.graph_file(graph), names.data_file(graph)}:
+                break  # what does not fit is removed: it must be a file of ours
+            self.finished[graph] = Finished(files, entry)
         return True
 
     def add(self, graph: str, finished: Finished) -> None:
         """Note that a graph is finished. Raises OSError."""
-        self.finished[graph] = finished
-        files = {name: [record.bytes, record.sha256] for name, record in finished.files.items()}
         with self._path.open("a", encoding="utf-8") as file:
-            _add_line(file, {"graph": graph, "files": files, "entry": finished.entry})
+            _write(file, _line(_of_graph(graph, finished)))
+        self.finished[graph] = finished
 
     def rewrite(self) -> None:
-        """Write the file anew with what is finished, without a cut-off line at its end. Raises OSError."""
-        finished = dict(self.finished)
-        self.begin()
-        for graph, what in finished.items():
-            self.add(graph, what)
+        """Write the file anew with what is finished; until that is on the disk, the old one stays. Raises OSError."""
+        lines = [{"identity": self._identity}, *(_of_graph(*item) for item in self.finished.items())]
+        new = self._path.with_name(f"{JOURNAL}.new")
+        with new.open("w", encoding="utf-8") as file:
+            _write(file, "".join(map(_line, lines)))
+        new.replace(self._path)
 
     def remove(self) -> None:
         """Remove the file. Raises OSError."""
@@ -86,20 +91,38 @@ class Journal:
     def _lines(self) -> Iterator[Any]:
         """JSON values up to the first line that is none."""
         try:
-            if self._path.is_symlink() or self._path.stat().st_size > MAX_BYTES:
+            status = self._path.lstat()
+            if not stat.S_ISREG(status.st_mode) or status.st_size > MAX_BYTES:
                 return
             text = self._path.read_text("utf-8")
         except (FileNotFoundError, UnicodeDecodeError):
             return
         for line in text.split("\n"):
+            value, _, digest = line.rpartition(" ")
+            if digest != _digest(value):
+                return
             try:
-                yield json.loads(line)
+                yield json.loads(value)
             except (ValueError, RecursionError):
                 return
 
 
-def _add_line(file: Any, value: Any) -> None:
-    file.write(json.dumps(value) + "\n")
+def _of_graph(graph: str, finished: Finished) -> dict[str, Any]:
+    files = {name: [record.bytes, record.sha256] for name, record in finished.files.items()}
+    return {"graph": graph, "files": files, "entry": finished.entry}
+
+
+def _line(value: Any) -> str:
+    text = json.dumps(value)
+    return f"{text} {_digest(text)}\n"
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _write(file: Any, text: str) -> None:
+    file.write(text)
     file.flush()
     os.fsync(file.fileno())
 

@@ -83,11 +83,11 @@ def split(
 ) -> BundleDraft:
     """Write the bundle of `checkpoint` to `output` and return what was written.
 
-    resume: go on where a run that was killed or stopped by Ctrl-C has left off; graphs that it finished are taken over.
+    resume: go on where a run that was killed or stopped has left off; graphs that it finished are taken over.
     notice: takes sentences for the user. advance: takes (graph, bytes written) as weights are written.
     Raises BundleError where the output may not be written, the disk is too small (before starting), or the run to be
     resumed was to make something else; CheckpointError for weights that cannot be read or change meanwhile; ExportError
-    where a graph is not what it must be; and what the passes raise. No error leaves anything behind.
+    where a graph is not what it must be; and what the passes raise. What is left behind, `BundleWriter` says.
     """
     options = options or SplitOptions()
     check_output(output, force=force)

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from checkpoints import write_checkpoint
 
+from glmexport import journal
 from glmexport.bundle import check_files, open_bundle
 from glmexport.checkpoint import open_checkpoint
 from glmexport.errors import BundleError, CheckpointError
@@ -126,8 +127,8 @@ def test_killed_at_random_moments_it_ends_in_the_same_bytes(runs, tmp_path, refe
         while not output.exists():  # killed again and again, but later each time, so that it ends
             moment = moments.randint(1, events)
             assert runs(moment, resume=resume) in ("killed by 9", *map(str, range(moment)))
-            journal = tmp_path / ".bundle.partial" / JOURNAL
-            taken_over += journal.exists() and len(journal.read_text().splitlines()) > 1
+            noted = tmp_path / ".bundle.partial" / JOURNAL
+            taken_over += noted.exists() and len(noted.read_text().splitlines()) > 1
             resume = True
         assert hashes(output) == reference
         shutil.rmtree(tmp_path / ".bundle.partial", ignore_errors=True)
@@ -180,7 +181,7 @@ def test_a_damaged_journal_is_none(begun, small_checkpoint, tmp_path, reference,
 
 
 def test_a_journal_of_something_else_is_refused(begun, small_checkpoint, tmp_path):
-    (begun / JOURNAL).write_text('{"identity": 3}\n')
+    (begun / JOURNAL).write_text(journal._line({"identity": 3}))
     with pytest.raises(BundleError, match="was begun with something else"):
         run(small_checkpoint, tmp_path / "bundle", resume=True)
 

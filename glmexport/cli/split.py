@@ -106,8 +106,8 @@ def command(
     With the options of the passes the checkpoint goes straight to its final form, byte for byte what split, slim,
     embed and quantize make one after the other, without float32 files in between.
 
-    A run that is killed or stopped by Ctrl-C keeps what it finished beside BUNDLE's place; the same command with
-    --resume goes on from there and ends in the same bytes.
+    A run that is killed, stopped by Ctrl-C or ended by a full disk or the like keeps the graphs that it finished
+    beside BUNDLE's place; the same command with --resume goes on from there and ends in the same bytes.
 
     \b
     Examples:
@@ -135,7 +135,7 @@ def command(
             _print_plan(dict(plan.files), plan.disk, plan.peak_memory, bundle)
             return
         notice = output.notifier(quiet)
-        with _resumable(bundle), output.progress(quiet, plan.disk, "of the bundle") as advance:
+        with _resumable(), output.progress(quiet, plan.disk, "of the bundle") as advance:
             written_draft = split(
                 source, bundle, split_options, force=force, resume=resume, notice=notice, advance=advance
             )
@@ -155,18 +155,18 @@ def command(
 
 
 @contextmanager
-def _resumable(bundle: Path) -> Iterator[None]:
-    """Say, where Ctrl-C leaves something to go on with, how."""
-    from glmexport.bundle_writer import unfinished
+def _resumable() -> Iterator[None]:
+    """Say, where a run that ends early leaves something to go on with, how."""
+    from glmexport.bundle_writer import KEPT
 
     try:
         yield
-    except KeyboardInterrupt:
-        if unfinished(bundle.absolute()):
+    except BaseException as error:
+        if KEPT in getattr(error, "__notes__", ()):
             words = [word for word in sys.argv[1:] if word != "--resume"]
-            click.echo(
-                f"\nThe finished graphs are kept; go on with: {shlex.join(['glmexport', *words, '--resume'])}", err=True
-            )
+            command = shlex.join(["glmexport", *words, "--resume"])
+            newline = "\n" * isinstance(error, KeyboardInterrupt)  # the terminal has shown ^C
+            click.echo(f"{newline}Note: The finished graphs are kept; go on with: {command}", err=True)
         raise
 
 
