@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 
 EXPORT_TOOLS = ("torch", "onnx", "onnxscript", "onnxsim")
@@ -11,10 +12,13 @@ EXPORT_TOOLS = ("torch", "onnx", "onnxscript", "onnxsim")
 
 def tool_versions() -> dict[str, str]:
     """Tool -> installed version, for the manifest."""
-    versions = {"python": platform.python_version()}
-    for tool in (*EXPORT_TOOLS, "transformers", "onnxruntime", "numpy"):
-        try:
-            versions[tool] = version(tool)
-        except PackageNotFoundError:
-            versions[tool] = "not installed as a package"
-    return versions
+    tools = (*EXPORT_TOOLS, "transformers", "onnxruntime", "numpy")
+    return {"python": platform.python_version(), **{tool: _version(tool) for tool in tools}}
+
+
+@cache
+def _version(tool: str) -> str:
+    try:
+        return version(tool)
+    except PackageNotFoundError:
+        return "not installed as a package"

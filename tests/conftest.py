@@ -106,6 +106,30 @@ def small_copy(small_bundle, tmp_path) -> Path:
     return shutil.copytree(small_bundle, tmp_path / "bundle")
 
 
+@pytest.fixture(scope="session")
+def whole(small_checkpoint, tmp_path_factory) -> dict[str, bytes]:
+    """The files of the small checkpoint's bundle at opset 14, by name, from a run of the command without faults."""
+    from derived_bundles import contents  # here: it imports this file
+    from faults import split
+
+    output = tmp_path_factory.mktemp("whole") / "bundle"
+    assert split(small_checkpoint, output).status == 0
+    return contents(output)
+
+
+@pytest.fixture
+def without_equivalence(monkeypatch) -> None:
+    """Patched is not compared with unpatched, which takes a third of a small split and has tests of its own."""
+    monkeypatch.setattr("glmexport.splitter.check_patch", lambda *_: None)
+
+
+@pytest.fixture
+def output(tmp_path) -> Path:
+    """Where a bundle is to be made, in a directory of its own."""
+    (tmp_path / "place").mkdir()
+    return tmp_path / "place" / "bundle"
+
+
 def split_directory(checkpoint: Path, output: Path, **options) -> list[str]:
     """Split a checkpoint directory; returns the notices."""
     from glmexport.checkpoint import open_checkpoint
