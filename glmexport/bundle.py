@@ -17,7 +17,7 @@ from glmexport.errors import BundleError, GlmExportError, reason_of
 from glmexport.form import GRAPH, RAW_DTYPES, Form, form_from_json
 from glmexport.interface import ARGMAX_MODES
 from glmexport.recipe import affine_of_record
-from glmexport.untrusted import read_small_file
+from glmexport.untrusted import load_json, read_small_file
 
 SCHEMA = 2
 MAX_COUNT = 1 << 62
@@ -134,7 +134,7 @@ def open_bundle(directory: Path) -> Bundle:
         size = path.stat().st_size
         if size > MAX_MANIFEST_BYTES:
             raise BundleError(f"{path} has {size} bytes, expected at most {MAX_MANIFEST_BYTES}; copy or split again.")
-        manifest = json.loads(path.read_text("utf-8"))
+        manifest = load_json(path.read_text("utf-8"))
         if manifest["schema"] != SCHEMA:
             raise BundleError(
                 f"{path} has schema {manifest['schema']!r:.80}, expected {SCHEMA}; it was written by another version "

@@ -19,6 +19,7 @@ from typing import Any
 from glmexport import names
 from glmexport.bundle import FileRecord
 from glmexport.errors import BundleError
+from glmexport.untrusted import load_json
 
 JOURNAL = ".journal.jsonl"
 MAX_BYTES = 64 << 20
@@ -102,7 +103,7 @@ class Journal:
             if digest != _digest(value):
                 return
             try:
-                yield json.loads(value)
+                yield load_json(value)
             except (ValueError, RecursionError):
                 return
 

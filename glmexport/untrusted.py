@@ -45,12 +45,20 @@ def parse_json(data: bytes, origin: str) -> dict[str, Any]:
 
     refuse_pointer(data, origin)
     try:
-        value = json.loads(data.decode("utf-8"), object_pairs_hook=unique, parse_constant=refuse)
+        value = load_json(data.decode("utf-8"), object_pairs_hook=unique, parse_constant=refuse)
     except (ValueError, RecursionError) as error:
         reason = str(error).partition("\n")[0][:200]
         raise CheckpointError(f"{origin} is not a JSON object ({reason}); download it again.") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{origin} holds a {type(value).__name__}; expected a JSON object; download it again.")
+    return value
+
+
+def load_json(text: str, **hooks: Any) -> Any:
+    """What `json.loads` gives. Raises ValueError and RecursionError, also for halves of characters: UTF-8 has none."""
+    value = json.loads(text, **hooks)
+    if "\\ud" in text.lower():
+        json.dumps(value, ensure_ascii=False).encode()
     return value
 
 

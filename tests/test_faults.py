@@ -76,7 +76,7 @@ def test_any_operation_that_fails_at_any_time(
     assert refused
 
 
-@pytest.mark.parametrize("call", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("call", [1, 2, 3, *slow(4, 5)])
 def test_the_journal_cannot_be_written(small_checkpoint, output, whole, monkeypatch, call):
     """What is not noted is not finished: with the first line, or the first graph's, there is nothing to keep."""
     with monkeypatch.context() as patch:
@@ -229,12 +229,14 @@ def allocation_error() -> RuntimeError:
 @pytest.mark.parametrize(
     "moment",
     [
-        "glmexport.splitter.check_patch",
         "glmexport.checkpoint_draft.skeleton_for",
-        "glmexport.draft_writer.lint_graph",
         "glmexport.weights.Weights.read",
-        "glmexport.weights.Weights.read_rows",
         "glmexport.onnx_files.ExternalDataWriter.add",
+        *slow(
+            "glmexport.splitter.check_patch",
+            "glmexport.draft_writer.lint_graph",
+            "glmexport.weights.Weights.read_rows",
+        ),
     ],
 )
 def test_memory_that_runs_out_at_any_stage(small_checkpoint, output, whole, monkeypatch, moment, kind):
