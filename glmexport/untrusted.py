@@ -58,7 +58,10 @@ def load_json(text: str, **hooks: Any) -> Any:
     """What `json.loads` gives. Raises ValueError and RecursionError, also for halves of characters: UTF-8 has none."""
     value = json.loads(text, **hooks)
     if "\\ud" in text.lower():
-        json.dumps(value, ensure_ascii=False).encode()
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            raise ValueError("it holds half of a character") from error
     return value
 
 

@@ -393,7 +393,7 @@ def test_another_schema(small_copy, manifest):
 
 
 @pytest.mark.parametrize(
-    "name", ["../x", "/etc/hostname", "sub/x", "..", ".", "manifest.json", "", "a\x00b", "a\nb", "\ud800", "x" * 300]
+    "name", ["../x", "/etc/hostname", "sub/x", "..", ".", "manifest.json", "", "a\x00b", "a\nb", "x" * 300]
 )
 def test_a_file_outside_the_bundle(small_copy, manifest, name):
     changed = copy.deepcopy(manifest)
