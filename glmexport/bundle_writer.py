@@ -80,6 +80,7 @@ class BundleWriter:
         # syncing takes as long as writing: the next file is made meanwhile
         self._syncer = ThreadPoolExecutor(1, thread_name_prefix="sync")
         self._syncs: list[Future[None]] = []
+        self._unsynced: list[HashingFile] = []
 
     def __enter__(self) -> BundleWriter:
         with _sentences(self.output):
@@ -96,6 +97,8 @@ class BundleWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._syncer.shutdown(cancel_futures=True)  # from here on no other graph is finished
+        for file in self._unsynced:
+            file.close()
         finished = self._journal is not None and bool(self._journal.finished)
         kept = finished and (self.resumed or (error is not None and _may_pass(error)))
         if kept and error is not None:
@@ -194,6 +197,7 @@ class BundleWriter:
             except BaseException:
                 file.close()
                 raise
+            self._unsynced.append(file)
             self._syncs.append(self._syncer.submit(file.sync))
 
     def write_bytes(self, name: str, data: bytes) -> None:

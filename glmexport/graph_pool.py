@@ -165,7 +165,7 @@ class GraphPool:
         """Refuse what onnxruntime would trust: data outside the bundle, sizes that are not the model's, loops."""
         model = load_graph(path)
         stored_tensors(self._bundle, model, self._bundle.graph(graph))
-        spec = graph_spec(graph, self._bundle.config, self._bundle.argmax)
+        spec = graph_spec(graph, self._bundle.config, self._bundle.argmax, self._bundle.form.dtype)
         complaints = foreign_parts(model, spec)
         if complaints:
             raise BundleError(

@@ -15,7 +15,15 @@ SIZES = ("--blocks", "2", "--hidden", "32", "--heads", "2", "--vocab", "512")
 QUICK = ("split-float32", "load-float32", "quantize-int4")
 ALL = (
     *("split-float32", "verify-float32", "load-float32", "quantize-int4"),
-    *("split-weights-float16", "split-float16", "split-int4", "verify-int4", "load-int4", "split-int4-rtn", "split-int8"),
+    *(
+        "split-weights-float16",
+        "split-float16",
+        "split-int4",
+        "verify-int4",
+        "load-int4",
+        "split-int4-rtn",
+        "split-int8",
+    ),
 )
 
 
