@@ -89,6 +89,12 @@ class GraphPool:
             self.get(name)
             advance(name, self.sizes[name])
 
+    def release(self) -> None:
+        """Close what is streamed, as far as it is open; it is opened again when it is needed."""
+        for name in self.placement.streamed:
+            if name in self._open:
+                self._close(name)
+
     @property
     def held_bytes(self) -> int:
         """Bytes of the bundle's graphs that are open, or being opened, in the computer's memory."""

@@ -95,6 +95,10 @@ class Session:
         """
         self._pool.open_resident(advance)
 
+    def release(self) -> None:
+        """Close the streamed graphs that are open, for memory that something else needs meanwhile."""
+        self._pool.release()
+
     @property
     def placement(self) -> Placement:
         """Where the graphs are, as planned for the KV cache of the latest `forward`."""

@@ -510,3 +510,18 @@ def test_running_a_bundle_needs_no_torch(bundle, tmp_path, passes):
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("decode 2 tokens") == 1, "the chat was asked"
+
+
+def test_what_is_streamed_can_be_released(form):
+    sizes = form("float")
+    with opened(sizes, memory_limit=1) as session:
+        session.embed(np.array([[5]]))
+        assert session.held_bytes > 0
+        session.release()
+        assert session.held_bytes == 0
+        assert session.embed(np.array([[5]])).shape[-1] == session.config.hidden_size
+    with opened(sizes) as session:
+        session.load()
+        held = session.held_bytes
+        session.release()
+        assert session.held_bytes == held > 0, "what is kept stays"

@@ -160,6 +160,7 @@ class _Comparison:
                     run.logits.append(outputs[names.LOGITS])
                 run.tokens.append(self._token(run, outputs))
             self._advance(f"generate {names.HEAD}")
+        self._session.release()  # the reference's blocks come next, and are as large
 
     def _token(self, run: Run, outputs: Mapping[str, Array]) -> Array:
         """The greedy ids int64 [batch]; raises BundleError for what cannot be one."""
@@ -214,6 +215,7 @@ class _Comparison:
             probe.run(feeds(self._stress.through(block_id, block), "float32"))
             self._add_peak(graph, probe.peak)
             self._chain_half(block_id, stored_block())
+        self._session.release()
         self._advance(f"compare {graph}")
 
     def _run_block(
@@ -278,6 +280,7 @@ class _Comparison:
             alone = partial(float, in_half.head[run.case.name].norm) if in_half else None
             self._add_row(names.HEAD, run.case.name, head, inherent=alone)
             chains.append(chain)
+        self._session.release()
         self._report.rows.extend(self._weights.head(weights))
         if in_half:
             self._add_peak(names.HEAD, self._head_peak(final_norm, logits))
