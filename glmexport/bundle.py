@@ -7,12 +7,15 @@ import json
 import re
 import stat
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
 from glmexport import names
+from glmexport.ahead import read_ahead
 from glmexport.config import ModelConfig, SpecialIds, implausible_sizes
+from glmexport.direct_file import OffsetFile, beyond_cache
 from glmexport.errors import BundleError, GlmExportError, reason_of
 from glmexport.form import GRAPH, RAW_DTYPES, Form, form_from_json
 from glmexport.interface import ARGMAX_MODES
@@ -85,6 +88,11 @@ class Bundle:
     def total_bytes(self) -> int:
         """Bytes of all files but the manifest."""
         return sum(record.bytes for record in self.files.values())
+
+    @property
+    def beyond_cache(self) -> bool:
+        """Whether its files are to be read past the page cache."""
+        return beyond_cache(self.total_bytes)
 
     def path(self, name: str) -> Path:
         """Path of one of the bundle's files."""
@@ -276,7 +284,7 @@ def check_files(bundle: Bundle) -> Iterator[tuple[str, str | None]]:
         yield names.MANIFEST, f"{names.MANIFEST} could not be read: {error.strerror}."
     for name, record in bundle.files.items():
         try:
-            yield name, _complaint(bundle.path(name), record)
+            yield name, _complaint(bundle.path(name), record, bundle.beyond_cache)
         except (OSError, BundleError) as error:
             yield name, f"{name} could not be read: {error}"
     try:
@@ -288,14 +296,14 @@ def check_files(bundle: Bundle) -> Iterator[tuple[str, str | None]]:
             yield name, f"{name} is not in the manifest."
 
 
-def _complaint(path: Path, record: FileRecord) -> str | None:
+def _complaint(path: Path, record: FileRecord, direct: bool) -> str | None:
     """What is wrong with a file. Raises OSError and BundleError where it cannot be read."""
     found = _kind_or_size(path)
     if not found.endswith(" bytes"):
         return f"{path.name} is {'missing' if found == _NOTHING else found}."
     if found != f"{record.bytes} bytes":
         return f"{path.name} has {found}, the manifest says {record.bytes}."
-    if sha256_of(path) != record.sha256:
+    if sha256_of(path, direct) != record.sha256:
         return f"{path.name} was changed: its SHA-256 is not the manifest's."
     return None
 
@@ -311,14 +319,18 @@ def _kind_or_size(path: Path) -> str:
     return "a link" if stat.S_ISLNK(status.st_mode) else "no file"
 
 
-def sha256_of(path: Path) -> str:
-    """SHA-256 (hex) of a file, read in slices. Raises BundleError where reading fails."""
+def sha256_of(path: Path, direct: bool = False) -> str:
+    """SHA-256 (hex) of a file, read in slices ahead of the hash. direct: past the page cache.
+
+    Raises BundleError where reading fails.
+    """
     digest = hashlib.sha256()
-    buffer = bytearray(HASH_CHUNK)
     try:
-        with path.open("rb", buffering=0) as file:
-            while count := file.readinto(buffer):
-                digest.update(memoryview(buffer)[:count])
+        with closing(OffsetFile(path, direct)) as file:
+            slices = (file.read(start, HASH_CHUNK) for start in range(0, file.size(), HASH_CHUNK))
+            with closing(read_ahead(slices)) as taken:
+                for data in taken:
+                    digest.update(data.data)
     except OSError as error:
         raise BundleError(f"{path} could not be read: {error.strerror}.") from error
     return digest.hexdigest()

@@ -17,10 +17,18 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+CACHED_SHARE = 0.5
+"""What together is larger than this share of the memory is read past the page cache, which could not keep it anyway."""
+
 _ALIGNMENT = 4096  # of address, length and offset of a direct write; what file systems ask for is this or less
 _DIRECT: int = getattr(os, "O_DIRECT", 0)
 _CLOSE_ON_EXEC: int = getattr(os, "O_CLOEXEC", 0)
 _DIRECT_READ_BYTES = 1 << 20  # below that a disk takes longer to begin than to read
+
+
+def beyond_cache(total: int) -> bool:
+    """Whether files of so many bytes together are to be read past the page cache."""
+    return total > CACHED_SHARE * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def page_block(size: int) -> NDArray[np.uint8]:

@@ -208,7 +208,9 @@ def _graph_of_bundle(bundle: Bundle, entry: Mapping[str, Any]) -> GraphDraft:
     transposed = set(entry["transposed"])
     return GraphDraft(
         name=entry["name"],
-        tensors=tuple(FileTensor(bundle.directory, place, place.name in transposed) for place in places),
+        tensors=tuple(
+            FileTensor(bundle.directory, place, place.name in transposed, bundle.beyond_cache) for place in places
+        ),
         parameters=entry["parameters"],
         make_model=lambda: _without_weights(model),
         matrices={name: _constant(record) for name, record in entry["matrices"].items()},

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,6 +15,7 @@ import numpy.typing as npt
 import onnx
 from onnx import TensorProto
 
+from glmexport.direct_file import OffsetFile
 from glmexport.errors import BundleError
 
 ALIGNMENT = 4096
@@ -195,26 +197,23 @@ def as_bytes(tensor: ExternalTensor) -> ExternalTensor:
     return dataclasses.replace(tensor, dtype="uint8", shape=(tensor.length,))
 
 
-def read_band(directory: Path, tensor: ExternalTensor, start: int, stop: int) -> Array:
+def read_band(directory: Path, tensor: ExternalTensor, start: int, stop: int, direct: bool = False) -> Array:
     """Rows `start` to `stop` (exclusive, along the first axis) of an external tensor, in memory of their own.
 
-    Read by offset, not mapped: touched pages of a mapped file count as memory of the process. Raises BundleError where
-    the file cannot be read or is shorter than the tensor says.
+    Read by offset, not mapped: touched pages of a mapped file count as memory of the process. direct: past the page
+    cache. Raises BundleError where the file cannot be read or is shorter than the tensor says.
     """
     dtype = np.dtype(tensor.dtype)
     row = int(np.prod(tensor.shape[1:], dtype=np.int64)) * dtype.itemsize
-    band = np.empty((stop - start, *tensor.shape[1:]), dtype)
-    view, got = band.data.cast("B") if band.nbytes else memoryview(b""), 0
+    size = (stop - start) * row
     try:
-        with (directory / tensor.location).open("rb", buffering=0) as file:
-            file.seek(tensor.offset + start * row)
-            while got < band.nbytes and (count := file.readinto(view[got:])):
-                got += count
+        with closing(OffsetFile(directory / tensor.location, direct)) as file:
+            found = file.read(tensor.offset + start * row, size)
     except OSError as error:
         raise BundleError(f"{tensor.location} could not be read ({error.strerror}); copy the bundle again.") from error
-    if got < band.nbytes:
+    if len(found) < size:
         raise BundleError(f"{tensor.location} ends inside {tensor.name}; copy or split the bundle again.")
-    return band
+    return found.view(dtype).reshape(stop - start, *tensor.shape[1:])
 
 
 def rows_of(array: Array) -> Callable[[int, int], Array]:
@@ -222,7 +221,13 @@ def rows_of(array: Array) -> Callable[[int, int], Array]:
     return lambda start, stop: array[start:stop]
 
 
-def holds(directory: Path, tensor: ExternalTensor, shape: tuple[int, ...], rows: Callable[[int, int], Array]) -> bool:
+def holds(
+    directory: Path,
+    tensor: ExternalTensor,
+    shape: tuple[int, ...],
+    rows: Callable[[int, int], Array],
+    direct: bool = False,
+) -> bool:
     """Whether an external tensor of `shape` equals `rows(start, stop)` bit for bit, band by band.
 
     It is float32, or float16 of the same numbers. rows: gives float32 rows `start` to `stop` (exclusive). Raises
@@ -234,7 +239,7 @@ def holds(directory: Path, tensor: ExternalTensor, shape: tuple[int, ...], rows:
     for start in range(0, shape[0], band):
         stop = min(start + band, shape[0])
         expected = np.ascontiguousarray(rows(start, stop))
-        found = read_band(directory, tensor, start, stop).astype(np.float32, copy=False)
+        found = read_band(directory, tensor, start, stop, direct).astype(np.float32, copy=False)
         if not np.array_equal(found.view(np.uint32), expected.view(np.uint32)):
             return False
     return True

@@ -81,11 +81,12 @@ class ArrayTensor:
 
 @dataclass(frozen=True)
 class FileTensor:
-    """A tensor that lies in a file of an existing bundle; read by offset."""
+    """A tensor that lies in a file of an existing bundle; read by offset. direct: past the page cache."""
 
     directory: Path
     place: ExternalTensor
     transposed: bool = False
+    direct: bool = False
 
     @property
     def name(self) -> str:
@@ -108,7 +109,7 @@ class FileTensor:
         rows = place.shape[0]
         step = max(SLICE_BYTES * rows // max(place.length, 1), 1)
         for start in range(0, rows, step):
-            yield read_band(self.directory, place, start, min(start + step, rows))
+            yield read_band(self.directory, place, start, min(start + step, rows), self.direct)
 
     def bands(self) -> Iterator[Array]:
         """Bands in the checkpoint's orientation; a transposed matrix is read whole. Raises BundleError."""
@@ -116,7 +117,7 @@ class FileTensor:
             yield from (rows.astype(np.float32, copy=False) for rows in self.slices())
             return
         inputs, outputs = self.shape
-        whole = read_band(self.directory, self.place, 0, inputs).astype(np.float32, copy=False)
+        whole = read_band(self.directory, self.place, 0, inputs, self.direct).astype(np.float32, copy=False)
         step = rows_per_slice(inputs)
         for start in range(0, outputs, step):
             yield whole[:, start : start + step].T

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from glmexport.direct_file import OffsetFile
+from glmexport.direct_file import OffsetFile, beyond_cache
 from glmexport.errors import CheckpointError
 from glmexport.untrusted import few, file_size, quoted, read_json, reading
 from glmexport.weight_files import TensorInfo, span, tensors_of
@@ -28,14 +28,7 @@ WEIGHT_FILES = (
     "pytorch_model.bin.index.json",
     "pytorch_model.bin",
 )  # what a checkpoint can hold, in the order of preference
-CACHED_SHARE = 0.5
-"""A checkpoint larger than this share of the memory is read past the page cache, which could not keep it anyway."""
 _PLAIN_FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._+=-]{0,199}")
-
-
-def physical_memory() -> int:
-    """Bytes of memory that the computer has."""
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 class Weights:
@@ -47,7 +40,7 @@ class Weights:
     def __init__(self, tensors: Mapping[str, TensorInfo], files: Mapping[Path, int]) -> None:
         """Take tensors as found; `files` gives each file's size in bytes, to notice one that changes under us."""
         self._tensors = dict(tensors)
-        direct = sum(files.values()) > CACHED_SHARE * physical_memory()
+        direct = beyond_cache(sum(files.values()))
         self._readers = {path: _OffsetReader(path, size, direct) for path, size in files.items()}
         self.state_when_opened = self.state()
 

@@ -11,9 +11,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 LAYERS = (
-    ("errors", "names", "ahead", "chat", "compiled", "machine"),
+    ("errors", "names", "ahead", "chat", "compiled", "direct_file", "machine"),
     (
-        *("config", "direct_file", "export_ops", "hub", "onnx_files", "tools", "untrusted", "vocabulary"),
+        *("config", "export_ops", "hub", "onnx_files", "tools", "untrusted", "vocabulary"),
         *(
             "affine",
             "sampling",

@@ -635,7 +635,7 @@ def test_another_pickle_protocol_is_named(tmp_path, protocol):
 
 @pytest.mark.parametrize("fmt", ["safetensors", "bin"])
 def test_past_the_page_cache_the_numbers_are_the_same(tmp_path, monkeypatch, fmt):
-    monkeypatch.setattr("glmexport.weights.CACHED_SHARE", 0.0)
+    monkeypatch.setattr("glmexport.direct_file.CACHED_SHARE", 0.0)
     numbers = torch.arange(1_700_000, dtype=torch.float32)
     tensors = {"odd": torch.ones(3, dtype=torch.uint8), "a": numbers, "b": numbers.half().reshape(-1, 17)}
     if fmt == "bin":

@@ -79,7 +79,7 @@ class StoredWeights:
                 continue
             exact += 1
             expected = self._as_in_graphs(value.t() if name in transposed else value).numpy()
-            if name not in stored or not holds(self._bundle.directory, stored[name], expected.shape, rows_of(expected)):
+            if name not in stored or not self._holds(stored[name], expected.shape, rows_of(expected)):
                 wrong.append(name)
         return wrong, exact, rows
 
@@ -104,21 +104,23 @@ class StoredWeights:
     def _wrong_table(self, graph: str, name: str) -> list[str]:
         """`name` if that [vocab, hidden] matrix is not the checkpoint's, bit for bit; holds neither of them whole."""
         stored, rows = stored_tensors_of(self._bundle, graph), partial(self._table_rows, name)
-        same = name in stored and holds(
-            self._bundle.directory, stored[name], self._table_shape(), lambda start, stop: rows(start, stop).numpy()
-        )
+        shape = self._table_shape()
+        same = name in stored and self._holds(stored[name], shape, lambda start, stop: rows(start, stop).numpy())
         return [] if same else [name]
+
+    def _holds(self, place: ExternalTensor, shape: tuple[int, ...], rows: Callable[[int, int], Array]) -> bool:
+        return holds(self._bundle.directory, place, shape, rows, self._bundle.beyond_cache)
 
     def _wrong_raw_rows(self, form: EmbeddingForm, name: str) -> list[str]:
         """The raw file's name if it is not the checkpoint's embedding, rounded by torch, byte for byte."""
         file, (vocab, hidden) = self._bundle.form.embedding_file or "", self._table_shape()
         width = hidden * RAW_DTYPES[form.dtype].bytes
         place = ExternalTensor(file, "uint8", (vocab, width), file, 0, vocab * width)
-        band = max(COMPARE_BYTES // width, 1)
+        band, direct = max(COMPARE_BYTES // width, 1), self._bundle.beyond_cache
         for start in range(0, vocab, band):
             stop = min(start + band, vocab)
             expected = _as_stored(self._table_rows(name, start, stop), form)
-            if not _same_rows(read_band(self._bundle.directory, place, start, stop), expected, form):
+            if not _same_rows(read_band(self._bundle.directory, place, start, stop, direct), expected, form):
                 return [file]
         return []
 
