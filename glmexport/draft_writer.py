@@ -21,8 +21,8 @@ from glmexport.draft import BundleDraft, GraphDraft, graph_entry, with_tensors
 from glmexport.errors import BundleError, ExportError
 from glmexport.graph_lint import lint_graph
 from glmexport.interface import graph_spec
-from glmexport.onnx_files import Array, ExternalDataWriter, load_graph
-from glmexport.tensors import Tensor
+from glmexport.onnx_files import Array, ExternalDataWriter, load_graph, stored_bytes
+from glmexport.tensors import SLICE_BYTES, Tensor
 
 Advance = Callable[[str, int], None]
 
@@ -123,12 +123,14 @@ class Making:
 
     TENSORS_AT_ONCE = 3
     SLICES_AHEAD = 2
+    WAITING_BYTES = TENSORS_AT_ONCE * SLICES_AHEAD * SLICE_BYTES
 
     def __init__(self, draft: BundleDraft, graphs: Sequence[GraphDraft]) -> None:
         files = [content for content in draft.files.values() if not isinstance(content, bytes | LinkedFile)]
-        tensors = chain(*(graph.tensors for graph in graphs if graph.data_link is None), files)
+        self._coming = deque(chain(*(graph.tensors for graph in graphs if graph.data_link is None), files))
+        self._begun: deque[tuple[Ahead[Array], int]] = deque()
         self._makers = ThreadPoolExecutor(self.TENSORS_AT_ONCE, thread_name_prefix="tensors")
-        self._slices = deque(Ahead(tensor.slices, self._makers, self.SLICES_AHEAD) for tensor in tensors)
+        self._begin()
         self._tracer = ThreadPoolExecutor(1, thread_name_prefix="graphs")
         self._models = {
             graph.name: self._tracer.submit(graph.make_model) for graph in graphs if graph.graph_link is None
@@ -139,15 +141,26 @@ class Making:
 
     def __exit__(self, *exc_info: object) -> None:
         self._makers.shutdown(wait=False, cancel_futures=True)
-        for slices in self._slices:
+        for slices, _ in self._begun:
             slices.stop()
         self._makers.shutdown()
         self._tracer.shutdown(cancel_futures=True)
 
     def slices(self) -> Iterator[Array]:
         """Those of the next tensor. Raises what making them raises."""
-        yield from self._slices[0]
-        self._slices.popleft()
+        yield from self._begun[0][0]
+        self._begun.popleft()
+        self._begin()
+
+    def _begin(self) -> None:
+        """Begin tensors as far as what may wait of them fits beside what may wait already."""
+        while self._coming:
+            tensor = self._coming[0]
+            waiting = min(stored_bytes(tensor.dtype, tensor.shape), self.SLICES_AHEAD * SLICE_BYTES)
+            if self._begun and sum(bytes_ for _, bytes_ in self._begun) + waiting > self.WAITING_BYTES:
+                break
+            self._begun.append((Ahead(tensor.slices, self._makers, self.SLICES_AHEAD), waiting))
+            self._coming.popleft()
 
     def model(self, graph: GraphDraft) -> onnx.ModelProto:
         """The graph without its tensors. Raises what making it raises."""
