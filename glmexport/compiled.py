@@ -1,24 +1,41 @@
-"""Compiling a kernel once for every process, where some directory takes the result."""
+"""Kernels: functions compiled for one signature, once for every process where some directory takes the result."""
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
 import numba
 
+_COMPILING = threading.Lock()
+"""Held by whoever compiles: numba fails where two threads compile functions that call the same one."""
 
-def compiled(function: Callable[..., Any], signature: str) -> Callable[..., Any]:
-    """The function, compiled for one signature, or read from the cache of an earlier process.
+
+class Kernel:
+    """A function, compiled when it is called first, or read from the cache of an earlier process; by any thread.
 
     It runs without the interpreter's lock; divisions by zero give what IEEE 754 says.
     """
-    try:
-        return _njit(function, signature, cache=True)
-    except (RuntimeError, OSError):  # no cache directory, the package's nor the user's, takes files
-        return _njit(function, signature, cache=False)
 
+    def __init__(self, function: Callable[..., Any], signature: str) -> None:
+        self._function, self._signature = function, signature
+        self._compiled: Callable[..., Any] | None = None
 
-def _njit(function: Callable[..., Any], signature: str, *, cache: bool) -> Callable[..., Any]:
-    kernel: Callable[..., Any] = numba.njit([signature], cache=cache, nogil=True, error_model="numpy")(function)
-    return kernel
+    def __call__(self, *arguments: Any) -> Any:
+        """What the function gives for arguments of the signature's types."""
+        if self._compiled is None:
+            with _COMPILING:
+                self._compiled = self._compiled or self._compile()
+        return self._compiled(*arguments)
+
+    def _compile(self) -> Callable[..., Any]:
+        try:
+            return self._njit(cache=True)
+        except (RuntimeError, OSError):  # no cache directory, the package's nor the user's, takes files
+            return self._njit(cache=False)
+
+    def _njit(self, *, cache: bool) -> Callable[..., Any]:
+        compile_ = numba.njit([self._signature], cache=cache, nogil=True, error_model="numpy")
+        kernel: Callable[..., Any] = compile_(self._function)
+        return kernel

@@ -20,9 +20,7 @@ largest magnitude is below 2**-100: its scale or what is computed from it would 
 
 from __future__ import annotations
 
-import functools
 import os
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeAlias
 
@@ -30,7 +28,7 @@ import numba
 import numpy as np
 
 from glmexport.affine import METHODS, Affine, Bytes, Doubles, Floats, Quantized, pack
-from glmexport.compiled import compiled
+from glmexport.compiled import Kernel
 from glmexport.errors import GlmExportError
 
 LANES = 32  # a power of two; 128 bytes of a tile's row, so a group of 128 stays in the first cache
@@ -71,11 +69,10 @@ def quantize(matrix: Floats, spec: Affine, threads: int | None = None) -> Quanti
     flat, strides = _flat(matrix)
     kind = (spec.bits, spec.symmetric, METHODS.index(spec.method))
     steps = np.array(spec.steps, np.float32)
-    kernel = _kernel()
 
     def task(first: int) -> int:
         chunk = (first, min(first + chunk_rows, rows))
-        return kernel(flat, strides, chunk, width, block * shared, kind, steps, (codes, scales, points, sums))
+        return int(_KERNEL(flat, strides, chunk, width, block * shared, kind, steps, (codes, scales, points, sums)))
 
     threads = max(1, threads or os.cpu_count() or 1)
     chunk_rows = min(MOST_ROWS, LANES * -(-max(rows, 1) // (LANES * threads * 2)))
@@ -97,12 +94,6 @@ def _flat(matrix: Floats) -> tuple[Floats, _Pair]:
     down, across = (stride // item for stride in matrix.strides)
     covered = 1 + (matrix.shape[0] - 1) * down + (matrix.shape[1] - 1) * across if matrix.size else 0
     return np.lib.stride_tricks.as_strided(matrix, (covered,), (item,), writeable=False), (down, across)
-
-
-@functools.cache
-def _kernel() -> Callable[..., int]:
-    """`_quantize_rows`, compiled for its one signature, or read from the cache of an earlier process."""
-    return compiled(_quantize_rows, _SIGNATURE)
 
 
 # What is known of each lane of a tile: rows of `lane` float32 [9, LANES] and `total` float64 [6, LANES], as passing
@@ -342,3 +333,6 @@ def _quantize_rows(
             for k in range(4):
                 sums[row + j, k] += total[k, j]
     return wrong
+
+
+_KERNEL = Kernel(_quantize_rows, _SIGNATURE)

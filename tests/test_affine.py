@@ -18,6 +18,7 @@ from onnx.reference import ReferenceEvaluator
 
 from glmexport import affine, quantize_kernels
 from glmexport.affine import BITS, GROUP_SIZES, METHODS, Affine, Fit, Quantized, dequantize, dequantize_qdq, to_qdq
+from glmexport.compiled import Kernel
 from glmexport.errors import GlmExportError
 from glmexport.quantize_kernels import quantize
 
@@ -375,7 +376,9 @@ def test_what_is_broken_is_seen():
 
 
 def test_one_kernel_is_compiled_for_everything():
-    assert len(quantize_kernels._kernel().signatures) == 1
+    quantize(weights(4, 32), Affine(4, 32))
+    quantize(weights(4, 32)[::2, ::2], Affine(8, 16, symmetric=False))
+    assert len(quantize_kernels._KERNEL._compiled.signatures) == 1
 
 
 def test_without_a_place_for_its_cache_the_kernel_still_compiles(monkeypatch):
@@ -383,10 +386,25 @@ def test_without_a_place_for_its_cache_the_kernel_still_compiles(monkeypatch):
         def __call__(self, *signatures, cache=False, **options):
             if cache:
                 raise RuntimeError("cannot cache function: no locator available")
-            return lambda function: "compiled"
+            return lambda function: lambda: "compiled"
 
-    monkeypatch.setattr(quantize_kernels.numba, "njit", Refusing())
-    assert quantize_kernels._kernel.__wrapped__() == "compiled"
+    monkeypatch.setattr("glmexport.compiled.numba.njit", Refusing())
+    assert Kernel(quantize_kernels._quantize_rows, "")() == "compiled"
+
+
+@pytest.mark.slow
+def test_threads_that_need_a_kernel_at_once_have_it_compiled_once(tmp_path):
+    """On a computer that has none in its cache; numba itself fails there."""
+    code = (
+        "import threading, numpy as np; from glmexport.affine import Affine;"
+        "from glmexport.quantize_kernels import quantize;"
+        "failed = []; threading.excepthook = lambda what: failed.append(what.exc_value);"
+        "matrix = np.ones((8, 64), np.float32);"
+        "threads = [threading.Thread(target=quantize, args=(matrix, Affine(4, 32))) for _ in range(4)];"
+        "[thread.start() for thread in threads]; [thread.join() for thread in threads]; assert not failed, failed"
+    )
+    environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)}
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True)
 
 
 @pytest.mark.slow

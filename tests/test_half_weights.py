@@ -12,7 +12,7 @@ import torch
 from checkpoints import write_checkpoint
 from conftest import record_again, split_directory
 from derived_bundles import assert_intact, assert_one_sentence, derived, glmexport, quantize_pass
-from hypothesis import given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import glmexport as api
@@ -20,7 +20,7 @@ from glmexport.bundle import open_bundle
 from glmexport.checkpoint import open_checkpoint
 from glmexport.errors import BundleError, RecipeError
 from glmexport.form import RAW, SHARED, EmbeddingForm
-from glmexport.passes.half_weights import HalfMatrix, HalfWeightsPass
+from glmexport.passes.half_weights import _HALVE, HalfMatrix, HalfWeightsPass
 from glmexport.passes.raw_embedding import EmbedPass
 from glmexport.passes.slim_vocab import SlimPass
 from glmexport.tensors import ArrayTensor
@@ -140,3 +140,29 @@ def is_half(value: float) -> bool:
 def test_no_other_number_does(value):
     with pytest.raises(RecipeError, match="float16 cannot"):
         list(HalfMatrix(ArrayTensor("w", np.array([[1.0, value]], np.float32))).slices())
+
+
+def test_every_float16_comes_back_bit_for_bit():
+    """NaN with its payload too, as numpy casts it."""
+    every = np.arange(1 << 16, dtype=np.uint16).view(np.float16)
+    with np.errstate(invalid="ignore"):
+        numbers = every.astype(np.float32)
+        expected = numbers.astype(np.float16)
+    found = np.empty(1 << 16, np.uint16)
+    assert _HALVE(numbers.view(np.uint32), found) == -1
+    np.testing.assert_array_equal(found, expected.view(np.uint16))
+
+
+@settings(max_examples=300, deadline=None)
+@given(bits=st.integers(0, 2**32 - 1))
+@example(bits=0x38800000 - 1)
+@example(bits=0x477FF000)
+@example(bits=0x47800000)
+@example(bits=0x33800000)
+@example(bits=0x33000000)
+@example(bits=1)
+def test_a_float32_is_lost_where_casting_and_back_changes_it(bits):
+    number = np.array([bits], np.uint32).view(np.float32)
+    with np.errstate(all="ignore"):
+        kept = np.array_equal(number.astype(np.float16).astype(np.float32), number, equal_nan=True)
+    assert (_HALVE(number.view(np.uint32), np.empty(1, np.uint16)) == -1) == kept

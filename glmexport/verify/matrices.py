@@ -13,14 +13,13 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import numpy as np
 import torch
 
 from glmexport.affine import Doubles, Floats
-from glmexport.compiled import compiled
+from glmexport.compiled import Kernel
 from glmexport.quantized_rows import QuantizedRows
 
 BAND_BYTES = 1 << 22
@@ -59,7 +58,8 @@ def check_matrix(stored: QuantizedRows, rows: Callable[[int, int], torch.Tensor]
 
     def compare(start: int, weights: Floats) -> Doubles:
         found = stored.rows(np.arange(start, start + len(weights)))
-        return _kernel()(weights, np.ascontiguousarray(found), group, kind)
+        sums: Doubles = _KERNEL(weights, np.ascontiguousarray(found), group, kind)
+        return sums
 
     # rows are read here, in their order, and compared beside that; few wait at a time
     with ThreadPoolExecutor(_THREADS) as pool:
@@ -94,11 +94,6 @@ def record_complaints(record: dict[str, Any], finding: Finding) -> list[str]:
 
 def _close(stated: Any, found: float) -> bool:
     return isinstance(stated, float | int) and abs(stated - found) <= RECORDED
-
-
-@cache
-def _kernel() -> Callable[..., Doubles]:
-    return compiled(_compare, _SIGNATURE)
 
 
 def _compare(weights: Floats, stored: Floats, group: int, kind: tuple[bool, bool, int, int]) -> Doubles:
@@ -144,3 +139,6 @@ def _compare(weights: Floats, stored: Floats, group: int, kind: tuple[bool, bool
             if not ours <= plain * SLACK:  # so that NaN is bad
                 result[0] += 1
     return result
+
+
+_KERNEL = Kernel(_compare, _SIGNATURE)
