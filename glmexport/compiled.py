@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 from typing import Any
 
 import numba
 
-_COMPILING = threading.Lock()
-"""Held by whoever compiles: numba fails where two threads compile functions that call the same one."""
+from glmexport.builtins_lock import BUILTINS_LOCK
 
 
 class Kernel:
@@ -25,7 +23,7 @@ class Kernel:
     def __call__(self, *arguments: Any) -> Any:
         """What the function gives for arguments of the signature's types."""
         if self._compiled is None:
-            with _COMPILING:
+            with BUILTINS_LOCK:  # and so that of several threads one compiles, and the others wait for it
                 self._compiled = self._compiled or self._compile()
         return self._compiled(*arguments)
 

@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from glmexport import __version__, export_ops
+from glmexport.builtins_lock import BUILTINS_LOCK
 from glmexport.errors import ExportError
 from glmexport.interface import DEFAULT_OPSET, OPSETS, GraphSpec, TensorSpec, value_info
 
@@ -54,7 +55,7 @@ def trace(module: nn.Module, spec: GraphSpec, opset: int = DEFAULT_OPSET) -> Ske
     if opset not in OPSETS:
         raise ExportError(f"Opset {opset} cannot be exported, expected {OPSETS.start} to {OPSETS.stop - 1}.")
     slots = tuple(name for name, _ in (*module.named_parameters(), *module.named_buffers()))
-    with _quiet():
+    with _quiet(), BUILTINS_LOCK:
         exported = (_trace_dynamo if opset >= FIRST_DYNAMO_OPSET else _trace_torchscript)(module, spec, opset)
         return Skeleton(_tidy(exported, spec, slots, opset), slots)
 

@@ -394,7 +394,7 @@ def test_without_a_place_for_its_cache_the_kernel_still_compiles(monkeypatch):
 
 @pytest.mark.slow
 def test_threads_that_need_a_kernel_at_once_have_it_compiled_once(tmp_path):
-    """On a computer that has none in its cache; numba itself fails there."""
+    """On a computer that has none in its cache."""
     code = (
         "import threading, numpy as np; from glmexport.affine import Affine;"
         "from glmexport.quantize_kernels import quantize;"

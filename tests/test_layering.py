@@ -11,9 +11,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 LAYERS = (
-    ("errors", "names", "ahead", "chat", "compiled", "direct_file", "machine"),
+    ("errors", "names", "ahead", "builtins_lock", "chat", "direct_file", "machine"),
     (
-        *("config", "export_ops", "hub", "onnx_files", "tools", "untrusted", "vocabulary"),
+        *("compiled", "config", "export_ops", "hub", "onnx_files", "tools", "untrusted", "vocabulary"),
         *(
             "affine",
             "sampling",

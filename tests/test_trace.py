@@ -8,6 +8,7 @@ import functools
 import resource
 import sys
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from onnx import TensorProto
 from torch import nn
 
 from glmexport import interface, names
+from glmexport.builtins_lock import BUILTINS_LOCK
 from glmexport.checkpoint import open_checkpoint
 from glmexport.config import ModelConfig, SpecialIds
 from glmexport.errors import ExportError, GlmExportError
@@ -320,3 +322,18 @@ def test_tracing_leaves_the_module_alone():
         "block.attention.core_attention.layer_scale",
         "block.attention.rotary_emb.inv_freq",
     }
+
+
+def test_nothing_is_compiled_while_builtins_are_replaced(monkeypatch):
+    """torch.export replaces `min` and `max`, which numba cannot compile."""
+    taken = []
+
+    def tracing(*_: object) -> None:
+        with ThreadPoolExecutor(1) as other:
+            taken.append(other.submit(BUILTINS_LOCK.acquire, timeout=0.01).result())
+        raise ExportError("that was all")
+
+    monkeypatch.setattr("glmexport.trace._trace_dynamo", tracing)
+    with pytest.raises(ExportError, match="that was all"):
+        trace(nn.Identity(), interface.embedding_spec(CONFIG), 18)
+    assert taken == [False]
