@@ -520,13 +520,3 @@ def test_a_killed_split_leaves_nothing_that_looks_complete(small_checkpoint, tmp
     split_directory(small_checkpoint, place / "bundle", opset=14)
     assert [path.name for path in place.iterdir()] == ["bundle"], "and the next run succeeds"
     assert [complaint for _, complaint in check_files(open_bundle(place / "bundle")) if complaint] == []
-
-
-@pytest.mark.slow
-def test_kernels_that_are_not_compiled_yet_wait_for_the_trace(small_checkpoint, tmp_path):
-    """torch replaces builtins meanwhile, and both go on in threads."""
-    environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path / "cache")}
-    options = ("--quantize", "int4", "--opset", "18", "-q")
-    command = [sys.executable, "-m", "glmexport", "split", str(small_checkpoint), "-o", str(tmp_path / "out"), *options]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stderr) == (0, "")
