@@ -70,8 +70,9 @@ class QuantizedMatrix:
     def _codes(self) -> Iterator[Array]:
         scales: list[Array] = []
         points: list[Array] = []
-        whole: list[Array] = []
         sums: list[Array] = []
+        whole: Array | None = None
+        start = 0
         for rows in self._quantized():
             sums.append(rows.sums)
             scales.append(rows.scales)
@@ -79,14 +80,17 @@ class QuantizedMatrix:
                 points.append(rows.zero_points)
             if self.layout == "matmulnbits":
                 yield rows.codes
-            else:
-                whole.append(rows.codes)
+                continue
+            if whole is None:  # filled in place: the head's, joined from bands, would be in memory twice
+                whole = np.empty((self.outputs, *rows.codes.shape[1:]), rows.codes.dtype)
+            whole[start : start + len(rows.codes)] = rows.codes
+            start += len(rows.codes)
         self._fit = Fit.of_rows(np.concatenate(sums))
         all_points = np.concatenate(points) if points else None
-        if self.layout == "matmulnbits":
+        if whole is None:
             self._keep(np.concatenate(scales), all_points)
         else:
-            yield from self._turned(np.concatenate(whole), np.concatenate(scales), all_points)
+            yield from self._turned(whole, np.concatenate(scales), all_points)
 
     def rest(self, part: str) -> Array:
         """Scales or zero points; waits for the codes, which another thread may be making. Handed out and forgotten."""
