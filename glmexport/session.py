@@ -197,4 +197,7 @@ class Session:
                 f"{names.graph_file(graph)} failed to run ({reason_of(error)}); see `glmexport inspect --check`, or "
                 "split again."
             ) from error
+        if graph in self._pool.placement.streamed:
+            # what onnxruntime gives lies in memory of the graph, all of which it would keep when the graph is closed
+            values = [np.array(value) for value in values]
         return dict(zip(outputs, values, strict=True))
