@@ -22,6 +22,7 @@ COMMANDS = {
     "embed": ("glmexport.cli.embed", "Store the embedding as raw rows (bf16), or share the LM head's."),
     "quantize": ("glmexport.cli.quantize", "Quantize the blocks and the LM head to int8 or int4."),
     "verify": ("glmexport.cli.verify", "Prove a bundle equal to the PyTorch reference."),
+    "package": ("glmexport.cli.package", "Make the folder that MNN's LLM engine runs on phones."),
     "generate": ("glmexport.cli.generate", "Continue a prompt with a bundle."),
     "chat": ("glmexport.cli.chat", "Chat with a bundle in the terminal."),
     "eval": ("glmexport.cli.evaluate", "Exact answers and perplexity of bundles over a file of examples."),

@@ -38,5 +38,7 @@ def mnn_of_json(document: bytes) -> bytes:
         wrong = next((line for line in said.splitlines() if any(word in line for word in _COMPLAINTS)), None)
         if done.returncode or wrong or _SUCCESS not in said or not target.is_file() or not target.stat().st_size:
             reason = wrong or (said.strip().splitlines() or ["it said nothing"])[-1]
-            raise ExportError(f"MNN's converter made no graph ({reason:.200}); report this with the versions installed.")
+            raise ExportError(
+                f"MNN's converter made no graph ({reason:.200}); report this with the versions installed."
+            )
         return target.read_bytes()

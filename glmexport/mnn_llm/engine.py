@@ -91,7 +91,9 @@ def ask(
         with np.load(target) as result:
             if not result["loaded"]:
                 errors = [line for line in done.stdout.splitlines() if "rror" in line or "ailed" in line]
-                raise ExportError(f"MNN's engine did not load the package ({(errors or ['no reason given'])[-1]:.200}).")
+                raise ExportError(
+                    f"MNN's engine did not load the package ({(errors or ['no reason given'])[-1]:.200})."
+                )
             return Answers(
                 tuple(result[f"tokens{i}"].tolist() for i in range(len(prompts))),
                 tuple(result[f"logits{i}"] for i in range(len(prompts) if logits else 0)),

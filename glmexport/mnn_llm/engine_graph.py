@@ -158,4 +158,3 @@ class _Builder:
         self._places.append(place)
         self._end = place.end
         return place
-

@@ -27,10 +27,8 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
         result[f"tokens{number}"] = np.array(model._c_obj.generate(ids, request["steps"]), np.int64)
         if request["logits"]:
             model.reset()
-            rows = []
-            for step in (ids, *([int(token)] for token in result[f"tokens{number}"][:-1])):
-                rows.append(np.array(model._c_obj.forward(step).read(), np.float32).reshape(-1))
-            result[f"logits{number}"] = np.stack(rows)
+            steps = (ids, *([int(token)] for token in result[f"tokens{number}"][:-1]))
+            result[f"logits{number}"] = np.stack([_logits(model, step) for step in steps])
     for number, text in enumerate(request["texts"]):
         result[f"ids{number}"] = np.array(model.tokenizer_encode(text), np.int64)
     for number, chat in enumerate(request["chats"]):
@@ -38,6 +36,11 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
         result[f"chat{number}"] = np.array(model.tokenizer_encode(prompt), np.int64)
         result[f"prompt{number}"] = np.array(prompt)
     return result
+
+
+def _logits(model: Any, ids: list[int]) -> np.ndarray[Any, np.dtype[np.float32]]:
+    """Float32 [vocab] after the last of these tokens, which are fed to what the engine has so far."""
+    return np.array(model._c_obj.forward(ids).read(), np.float32).reshape(-1)
 
 
 if __name__ == "__main__":

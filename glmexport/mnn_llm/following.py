@@ -40,14 +40,10 @@ def follow(
 ) -> list[npt.NDArray[np.float32]]:
     """Logits float32 [tokens, vocab] from which each token of each answer would have been chosen."""
     ids = reference.config.special_ids
-    rows = [
-        prepare_prompt([[*prompt, *answer[:-1]]], ids) for prompt, answer in zip(prompts, answers, strict=True)
-    ]
+    rows = [prepare_prompt([[*prompt, *answer[:-1]]], ids) for prompt, answer in zip(prompts, answers, strict=True)]
     states = [reference.embed(row.input_ids) for row in rows]
     for block in reference.blocks():
-        states = [
-            block(state, row.attention_mask, row.position_ids) for state, row in zip(states, rows, strict=True)
-        ]
+        states = [block(state, row.attention_mask, row.position_ids) for state, row in zip(states, rows, strict=True)]
     ends = [state[len(state) - len(answer) :, 0] for state, answer in zip(states, answers, strict=True)]
     logits = reference.logits(np.concatenate(ends))
     return np.split(logits, np.cumsum([len(answer) for answer in answers])[:-1])

@@ -87,7 +87,7 @@ class Net:
     def linear(
         self, value: Node, outputs: int, inputs: int, quantization: Mapping[str, Any] | None, external: Sequence[int]
     ) -> Node:
-        """[rows, inputs] -> [rows, outputs]: a convolution of one pixel, MNN's form of a matrix product with weights."""
+        """[rows, inputs] -> [rows, outputs]: a convolution of one pixel, as MNN has products with weights."""
         common = {
             **dict.fromkeys(("padX", "padY"), 0),
             **dict.fromkeys(("kernelX", "kernelY", "strideX", "strideY", "dilateX", "dilateY", "group"), 1),
@@ -106,7 +106,7 @@ class Net:
         )
 
     def attention(self, query: Node, key: Node, value: Node, mask: Node) -> Node:
-        """[1, seq, heads, head_dim] each, mask added to the scores -> [1, seq, heads * head_dim]; keeps keys and values."""
+        """[1, seq, heads, head_dim] each, a mask to add to the scores -> [1, seq, hidden]; keeps keys and values."""
         return self.add("Attention", (query, key, value, mask), "AttentionParam", {"kv_cache": True})
 
     def add(

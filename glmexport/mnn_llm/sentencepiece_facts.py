@@ -37,7 +37,9 @@ def read_facts(model: bytes, origin: str) -> SentencePieceFacts:
     try:
         return _read(model)
     except (IndexError, ValueError, struct.error) as error:
-        raise CheckpointError(f"{origin} is truncated or corrupt: no SentencePiece model; download it again.") from error
+        raise CheckpointError(
+            f"{origin} is truncated or corrupt: no SentencePiece model; download it again."
+        ) from error
 
 
 def _read(model: bytes) -> SentencePieceFacts:

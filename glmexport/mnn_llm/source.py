@@ -12,10 +12,10 @@ import numpy.typing as npt
 from glmexport import names
 from glmexport.affine import Affine, Floats, Quantized, dequantize
 from glmexport.bundle_tokenizer import make_tokenizer
+from glmexport.config import ModelConfig
 from glmexport.draft import BundleDraft
 from glmexport.errors import BundleError
 from glmexport.form import GRAPH, RAW, Form
-from glmexport.config import ModelConfig
 from glmexport.quantized_rows import CODES, SCALES, ZERO_POINTS, part_name
 from glmexport.recipe import affine_of_record
 from glmexport.tensors import FileTensor, Matrix, Tensor
@@ -107,13 +107,11 @@ def source_of_draft(draft: BundleDraft) -> PackageSource:
     quantization = draft.form.quantization
     if quantization is not None and quantization.format != "matmulnbits":
         raise BundleError(
-            f"The bundle is quantized in the form {quantization.format}, whose integers are turned; give the checkpoint, "
-            "or quantize with --format matmulnbits."
+            f"The bundle is quantized in the form {quantization.format}, whose integers are turned; give the "
+            "checkpoint, or quantize with --format matmulnbits."
         )
     tensors = {tensor.name: tensor for graph in draft.graphs for tensor in graph.tensors}
-    integers = {
-        name: affine_of_record(record()) for graph in draft.graphs for name, record in graph.matrices.items()
-    }
+    integers = {name: affine_of_record(record()) for graph in draft.graphs for name, record in graph.matrices.items()}
     model = draft.read_file(names.TOKENIZER_MODEL) if names.TOKENIZER_MODEL in draft.files else None
     table = draft.table() if draft.form.embedding.kind == RAW else None
     return PackageSource(draft.config, draft.form, tensors, integers, model, table)

@@ -1,4 +1,4 @@
-"""`llm.mnn.weight`: how the engine wants its matrices, as floats or as integers with scales, each written as it is made.
+"""`llm.mnn.weight`: how the engine wants its matrices, floats or integers with scales, written as they are made.
 
 A matrix of integers [out, in] is, all little-endian and one after the other:
 

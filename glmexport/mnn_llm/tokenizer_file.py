@@ -1,7 +1,7 @@
 """`tokenizer.mtok`: the checkpoint's SentencePiece model, and what is done to text around it, for MNN's engine.
 
-The engine's older `tokenizer.txt` neither normalizes nor segments by Unigram, and puts a space in front of every part of
-a text; the binary form can do what the original tokenizer does:
+The engine's older `tokenizer.txt` neither normalizes nor segments by Unigram, and puts a space in front of every part
+of a text; the binary form can do what the original tokenizer does:
 
 - newlines and tabs are pieces of their own, and so are runs of 2 to 80 spaces, the longest first. Here these pieces are
   written as what they stand for, so that answers show newlines and not `<n>`.
@@ -49,7 +49,9 @@ class Entry:
     score: float
 
 
-def tokenizer_file(model: SentencePieceFacts, config: ModelConfig, row_of: Sequence[int], special: Sequence[int]) -> bytes:
+def tokenizer_file(
+    model: SentencePieceFacts, config: ModelConfig, row_of: Sequence[int], special: Sequence[int]
+) -> bytes:
     """The whole file.
 
     row_of: id in the SentencePiece model -> row of the model's vocabulary, -1 where it is dropped. special: rows that
@@ -135,7 +137,7 @@ def shown_as(piece: str) -> str:
 
 
 def _run_score(length: int, unknown: float) -> float:
-    """Nothing else matches them; of a run beyond 80 spaces the longest parts come first, and so have the best scores."""
+    """Nothing else matches them; of a run beyond 80 spaces the longest parts come first."""
     return length * length * 1e-6 + unknown
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import closing
 from typing import Any, Protocol
 
@@ -81,5 +81,3 @@ def _quantized(name: str, stored: StoredMatrix, source: Source, method: str) -> 
                 yield quantize(band, affine)
             except GlmExportError as error:
                 raise GlmExportError(f"{name} cannot be quantized: {error}") from error
-
-
