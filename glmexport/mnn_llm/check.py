@@ -86,8 +86,8 @@ class CheckResult:
         if close and self.same >= budget.greedy * self.count:
             return None
         return (
-            f"{found}, KL {self.divergence:.2g}; {budget.greedy:.0%}, {budget.logits:g} and {budget.divergence:g} are expected of "
-            f"{self.form} ({budget.reason})."
+            f"{found}, KL {self.divergence:.2g}; {budget.greedy:.0%}, {budget.logits:g} and {budget.divergence:g} are "
+            f"expected of {self.form} ({budget.reason})."
         )
 
     def as_json(self) -> dict[str, Any]:
