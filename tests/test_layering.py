@@ -11,7 +11,10 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 LAYERS = (
-    ("errors", "names", "ahead", "builtins_lock", "chat", "direct_file", "machine"),
+    (
+        *("errors", "names", "ahead", "builtins_lock", "chat", "direct_file", "machine"),
+        *("mnn_llm.engine_worker", "mnn_llm.net"),
+    ),
     (
         *("compiled", "config", "export_ops", "hub", "onnx_files", "tools", "untrusted", "vocabulary"),
         *(
@@ -22,14 +25,24 @@ LAYERS = (
             "verify.report",
             "verify.tolerances",
             "verify.measures",
+            "mnn_llm.converter",
+            "mnn_llm.engine",
+            "mnn_llm.sentencepiece_facts",
         ),
     ),
     (
         *("interface", "patch", "prompt", "weight_files", "models.chatglm_6b", "passes.wide_activations"),
         *("placement", "quantize_kernels", "recipe", "tensors", "tokenizer"),
+        *("mnn_llm.stored_weights", "mnn_llm.tokenizer_file"),
     ),
-    ("form", "graph_lint", "graphs", "trace", "weights", "quantized_rows", "verify.cases", "patches"),
-    ("bundle", "checkpoint", "equivalence", "quantized", "raw_rows", "stamping", "verify.matrices", "verify.runs"),
+    (
+        *("form", "graph_lint", "graphs", "trace", "weights", "quantized_rows", "verify.cases", "patches"),
+        *("mnn_llm.chat_template", "mnn_llm.engine_graph"),
+    ),
+    (
+        *("bundle", "checkpoint", "equivalence", "quantized", "raw_rows", "stamping", "verify.matrices", "verify.runs"),
+        *("mnn_llm.engine_config", "mnn_llm.weight_writer"),
+    ),
     (
         "bundle_tokenizer",
         "inventory",
@@ -48,15 +61,19 @@ LAYERS = (
         "passes.half_weights",
         "passes.raw_embedding",
         "passes.slim_vocab",
+        "mnn_llm.source",
     ),
-    ("derive", "generation", "lifting", "splitter", "verify.overflow", "verify.structure"),
-    ("conversation", "evaluation", "passes.quantize_weights"),
-    ("api", "passes.choose_bits", "verify.expected"),
+    ("derive", "generation", "lifting", "splitter", "verify.overflow", "verify.structure", "mnn_llm.following"),
+    (
+        *("conversation", "evaluation", "passes.quantize_weights"),
+        *("mnn_llm.check", "mnn_llm.inputs", "mnn_llm.position_probe"),
+    ),
+    ("api", "passes.choose_bits", "verify.expected", "mnn_llm.package"),
     ("verify.check",),
     ("verify",),
     ("cli.interrupt",),
     ("cli.output",),
-    ("cli.derived", "cli.doctor", "cli.pass_options", "cli.run_options", "cli.inspect", "cli.patches"),
+    ("cli.derived", "cli.doctor", "cli.pass_options", "cli.run_options", "cli.inspect", "cli.package", "cli.patches"),
     ("cli.chat", "cli.embed", "cli.evaluate", "cli.generate", "cli.quantize", "cli.slim", "cli.tokenize", "cli.verify"),
     ("cli.split",),
     ("cli.main",),
@@ -64,7 +81,12 @@ LAYERS = (
 )
 """Bottom first. A command is a file by itself; `split` shows the reports of `verify` and `quantize`."""
 
-FREE = ("", "models", "cli")  # packages that hold nothing but their docstring and version; anybody may import them
+FREE = (
+    "",
+    "models",
+    "cli",
+    "mnn_llm",
+)  # packages that hold nothing but their docstring and version; anybody may import them
 LAYER_OF = {name: number for number, layer in enumerate(LAYERS) for name in layer}
 PATCHES_MAY = ("config", "errors", "export_ops", "interface", "names", "onnx_files", "patch", "models.chatglm_6b")
 WITHOUT_TORCH = (
