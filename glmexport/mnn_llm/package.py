@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from glmexport import __version__, names
-from glmexport.affine import METHODS, Bytes
+from glmexport.affine import METHODS
 from glmexport.bundle_writer import BundleWriter, check_output
 from glmexport.draft import Notice, ignore_notice
 from glmexport.draft_writer import Advance, check_disk, ignore_advance
@@ -26,7 +26,7 @@ from glmexport.mnn_llm.sentencepiece_facts import BPE, KINDS, UNIGRAM, SentenceP
 from glmexport.mnn_llm.source import HEAD, PackageSource
 from glmexport.mnn_llm.stored_weights import BITS, BLOCKS, FLOAT16_BITS, StoredMatrix
 from glmexport.mnn_llm.tokenizer_file import tokenizer_file
-from glmexport.mnn_llm.weight_writer import WEIGHT, as_bytes, half_is_exact, place_bytes
+from glmexport.mnn_llm.weight_writer import WEIGHT, place_bytes, sixteen_bits
 from glmexport.tokenizer import Tokenizer
 from glmexport.tools import tool_versions
 
@@ -208,8 +208,8 @@ def _write_embedding(writer: BundleWriter, source: PackageSource, advance: Advan
     advance(name, 0)
     with writer.create(name) as file:
         for band in source.embedding_bands():
-            part: Bytes = as_bytes(band, "<u2" if dtype == "bfloat16" else "<f2")
-            exact = exact and (dtype == "bfloat16" or half_is_exact(band))
+            part, same = sixteen_bits(band, dtype)
+            exact = exact and same
             file.write(part.data)
             advance(name, len(part))
     return exact

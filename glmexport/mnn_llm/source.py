@@ -17,6 +17,7 @@ from glmexport.draft import BundleDraft
 from glmexport.errors import BundleError
 from glmexport.form import GRAPH, RAW, Form
 from glmexport.quantized_rows import CODES, SCALES, ZERO_POINTS, part_name
+from glmexport.raw_rows import decode_rows
 from glmexport.recipe import affine_of_record
 from glmexport.tensors import FileTensor, Matrix, Tensor
 from glmexport.tokenizer import Tokenizer
@@ -29,13 +30,16 @@ _BAND_ROWS = 1024
 class PackageSource:
     """tensors: by name, float32 or float16. integers: name -> how a matrix is quantized already.
 
-    embedding: rows [vocab, hidden] as `embedding_dtype` has them. tokenizer_model: a SentencePiece model, None without.
+    embedding_dtype: `bfloat16` or `float16`, whichever holds the rows of the embedding as they are, if one does.
+    tokenizer_model: a SentencePiece model, None without. table: a raw embedding [vocab, hidden], None where the rows
+    are those of a graph.
     """
 
     config: ModelConfig
     form: Form
     tensors: Mapping[str, Tensor]
     integers: Mapping[str, Affine]
+    embedding_dtype: str
     tokenizer_model: bytes | None
     table: Tensor | None
 
@@ -78,19 +82,13 @@ class PackageSource:
                 zeros = np.ascontiguousarray(points[part])
             yield Quantized(np.ascontiguousarray(codes[part]), scale, zeros, np.zeros((len(scale), 4)))
 
-    @property
-    def embedding_dtype(self) -> str:
-        """`bfloat16` where the rows are stored so, `float16` otherwise."""
-        embedding = self.form.embedding
-        return "bfloat16" if embedding.kind == RAW and embedding.dtype == "bfloat16" else "float16"
-
-    def embedding_bands(self) -> Iterator[npt.NDArray[Any]]:
-        """Rows of the embedding in bands: uint16 of bfloat16, or float32."""
-        if self.table is not None:
-            for band in self.table.slices():
-                yield band if self.embedding_dtype == "bfloat16" else band.astype(np.float32)
-        else:
+    def embedding_bands(self) -> Iterator[Floats]:
+        """Float32 rows of the embedding, in bands."""
+        if self.table is None:
             yield from self.bands(EMBEDDING if self.form.embedding.kind == GRAPH else HEAD)
+            return
+        for band in self.table.slices():
+            yield decode_rows(band, self.form.embedding.dtype)
 
     def _tensor(self, name: str) -> Tensor:
         if name not in self.tensors:
@@ -114,7 +112,14 @@ def source_of_draft(draft: BundleDraft) -> PackageSource:
     integers = {name: affine_of_record(record()) for graph in draft.graphs for name, record in graph.matrices.items()}
     model = draft.read_file(names.TOKENIZER_MODEL) if names.TOKENIZER_MODEL in draft.files else None
     table = draft.table() if draft.form.embedding.kind == RAW else None
-    return PackageSource(draft.config, draft.form, tensors, integers, model, table)
+    return PackageSource(draft.config, draft.form, tensors, integers, _embedding_dtype(draft), model, table)
+
+
+def _embedding_dtype(draft: BundleDraft) -> str:
+    embedding = draft.form.embedding
+    if embedding.kind == RAW:
+        return "bfloat16" if embedding.dtype == "bfloat16" else "float16"
+    return "bfloat16" if draft.facts["checkpoint"]["dtypes"] == ["bfloat16"] else "float16"
 
 
 def _rows(tensor: Tensor) -> npt.NDArray[Any]:

@@ -15,6 +15,7 @@ from glmexport.errors import GlmExportError, RecipeError
 from glmexport.mnn_llm.engine_graph import Place, StoredNorm
 from glmexport.mnn_llm.stored_weights import FLOAT16_BITS, StoredMatrix, quantized_parts
 from glmexport.quantize_kernels import quantize
+from glmexport.raw_rows import decode_rows, encode_rows
 
 WEIGHT, BIAS = ".weight", ".bias"
 
@@ -51,10 +52,10 @@ def place_bytes(place: Place, source: Source, method: str) -> Iterator[Bytes]:
     yield as_bytes(bias, "<f4")
 
 
-def half_is_exact(band: Floats) -> bool:
-    """Whether float16 holds these numbers."""
-    with np.errstate(over="ignore"):
-        return bool((band.astype(np.float16).astype(np.float32) == band).all())
+def sixteen_bits(band: Floats, dtype: str) -> tuple[Bytes, bool]:
+    """(rows as float16 or bfloat16, whether they are the same numbers)."""
+    stored = encode_rows(band, dtype)
+    return as_bytes(stored, stored.dtype.newbyteorder("<").str), bool((decode_rows(stored, dtype) == band).all())
 
 
 def as_bytes(array: npt.NDArray[Any], dtype: str) -> Bytes:
@@ -63,11 +64,12 @@ def as_bytes(array: npt.NDArray[Any], dtype: str) -> Bytes:
 
 
 def _half(name: str, band: Floats) -> Bytes:
-    if not half_is_exact(band):
+    part, exact = sixteen_bits(band, "float16")
+    if not exact:
         raise RecipeError(
             f"{name} holds weights that float16 cannot: give --bits 32 for the same numbers, or --bits 8 or 4."
         )
-    return as_bytes(band, "<f2")
+    return part
 
 
 def _quantized(name: str, stored: StoredMatrix, source: Source, method: str) -> Iterator[Quantized]:
