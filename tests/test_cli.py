@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+import click
 import pytest
 import torch
 from checkpoints import write_checkpoint
@@ -111,7 +112,12 @@ def test_every_help_shows_an_example(command):
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_has_quiet(name):
-    assert "-q, --quiet" in CliRunner().invoke(cli, [name, "--help"]).output
+    command = cli.get_command(None, name)
+    words = [[name, one] for one in command.commands] if isinstance(command, click.Group) else [[name]]
+    for command_line in words:
+        output = CliRunner().invoke(cli, [*command_line, "--help"]).output
+        assert "-q, --quiet" in output
+        assert re.search(r"^  Examples?:$", output, re.MULTILINE)
 
 
 def test_the_main_help_lists_every_command():

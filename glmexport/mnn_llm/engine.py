@@ -46,7 +46,9 @@ def mnn_version() -> str:
     except PackageNotFoundError:
         found = ""
     if not found or find_spec("_tools") is None or find_spec("_mnncengine") is None:
-        raise GlmExportError("MNN is not installed; install it with: pip install 'glmexport[mnn]'")
+        raise GlmExportError(
+            "MNN is not installed, whose engine this is about; `pip install 'glmexport[mnn]'` installs it."
+        )
     return found
 
 

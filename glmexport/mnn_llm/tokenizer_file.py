@@ -72,8 +72,9 @@ def tokenizer_file(
 def vocabulary_entries(model: SentencePieceFacts, row_of: Sequence[int], rows: int) -> list[Entry]:
     """One entry a row, in the order of their bytes; rows without a piece are empty.
 
-    Bytes are written as themselves, so that characters without a piece are segmented into them with the score that
-    SentencePiece gives an unknown character. Where a piece of its own has that text, the byte can only be shown.
+    In a Unigram model bytes are written as themselves, so that characters without a piece are segmented into them with
+    the score that SentencePiece gives an unknown character, and text that reads `<0x41>` is not taken for a byte. Where
+    a piece of its own has that text, the byte can only be shown. With BPE the engine looks for `<0x41>` itself.
     """
     normal = [score for score, kind in zip(model.scores, model.kinds, strict=True) if kind == NORMAL]
     unknown = min(normal, default=0.0) - UNKNOWN_PENALTY
@@ -94,7 +95,7 @@ def vocabulary_entries(model: SentencePieceFacts, row_of: Sequence[int], rows: i
             entries[row] = Entry(text, row, len(text) * max(normal, default=0.0) - 0.1)
         elif kind == UNKNOWN:
             entries[row] = Entry(text, row, unknown)
-        elif kind == BYTE and bytes((byte := int(piece[3:5], 16),)) not in taken:
+        elif kind == BYTE and model.kind != BPE and bytes((byte := int(piece[3:5], 16),)) not in taken:
             entries[row] = Entry(bytes((byte,)), row, _byte_score(byte, unknown))
         else:
             entries[row] = Entry(text, row, NEVER)

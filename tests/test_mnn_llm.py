@@ -1,0 +1,246 @@
+"""`glmexport package mnn-llm`: the folder as MNN's own engine runs it, and what must be found wrong with a bad one."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from checkpoints import write_checkpoint
+from conftest import ROOT, listing, split_directory
+from derived_bundles import assert_one_sentence, derived, glmexport, quantize_pass
+
+from glmexport.bundle import open_bundle
+from glmexport.checkpoint import open_checkpoint
+from glmexport.errors import ExportError
+from glmexport.mnn_llm import engine, package, position_probe
+from glmexport.mnn_llm.check import STEPS, check_package, random_prompts
+from glmexport.mnn_llm.engine import ask
+from glmexport.mnn_llm.engine_graph import engine_graph
+from glmexport.mnn_llm.following import CheckpointReference, follow
+from glmexport.mnn_llm.inputs import open_input
+from glmexport.mnn_llm.package import NEVER, PackageOptions, write_package
+from glmexport.mnn_llm.stored_weights import read_matrix
+from glmexport.quantized_rows import QuantizedRows
+from glmexport.stored import stored_tensors_of
+from glmexport.tokenizer import Tokenizer
+from glmexport.vocabulary import VocabularyMap
+
+GOLDEN = ROOT / "examples" / "chatglm-6b-tiny"
+FILES = {"llm.mnn", "llm.mnn.weight", "embeddings_float16.bin", "tokenizer.mtok", "config.json", "llm_config.json"}
+
+
+@pytest.fixture(scope="session")
+def exact(shared) -> Path:
+    """The golden checkpoint in float32; copy it before changing anything."""
+
+    def make(path: Path) -> None:
+        done = glmexport("package", "mnn-llm", GOLDEN, "-o", path, "--bits", "none")
+        assert not done.status, done.stderr
+
+    return shared("mnn-llm-exact", make)
+
+
+def write(source: Path, output: Path, **options):
+    with open_input(str(source), None, output, print) as found:
+        return write_package(found.source, found.reference, output, PackageOptions(**options))
+
+
+def checked(directory: Path, form: str = "float32"):
+    """A package compared with the golden checkpoint anew."""
+    with open_checkpoint(GOLDEN) as checkpoint:
+        rows = VocabularyMap.identity(checkpoint.config.vocab_size)
+        reference = CheckpointReference(checkpoint, checkpoint.config, rows)
+        return check_package(directory, reference, Tokenizer.load(GOLDEN, num_image_tokens=0), form, "3.6.1")
+
+
+def test_every_token_is_the_references(exact):
+    """20 prompts of 1 to 200 tokens and chats with history, 12 steps each."""
+    manifest = json.loads((exact / "manifest.json").read_text("utf-8"))
+    assert {path.name for path in exact.iterdir()} == FILES | {"manifest.json"} == {*manifest["files"], "manifest.json"}
+    assert manifest["check"]["prompts"] >= 20
+    assert manifest["check"]["same"] == manifest["check"]["tokens"] >= 20 * STEPS
+    assert manifest["check"]["logits_error"] < 1e-4
+    assert manifest["mnn"]["version"] == engine.mnn_version()
+    with open_checkpoint(GOLDEN) as checkpoint:
+        lengths = sorted(len(prompt) - 2 for prompt in random_prompts(checkpoint.config))
+    assert (len(lengths), lengths[0], lengths[-1]) == (20, 1, 200)
+
+
+def test_the_engines_own_greedy_answers_are_the_golden_ones(exact, golden):
+    """What the original code generated, not what this project's reference says."""
+    for case in ("short", "one", "long", "far"):  # 5 to 1982 tokens
+        ids, wanted = golden[f"{case}.input_ids"][0].tolist(), golden[f"{case}.greedy"].tolist()
+        assert list(ask(exact, [ids], len(wanted)).tokens) == [wanted]
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_quantized_packages_keep_their_budget(tmp_path, bits):
+    result = write(GOLDEN, tmp_path / "package", bits=bits).result
+    assert result.complaint is None
+    assert result.form == f"int{bits}"
+    assert result.norm < {8: 0.03, 4: 0.2}[bits]
+
+
+def test_without_the_correction_the_check_fails(tmp_path, monkeypatch):
+    monkeypatch.setattr(package, "needs_correction", lambda: False)
+    with pytest.raises(ExportError, match=r"of 312 tokens of MNN's engine are the reference's"):
+        write(GOLDEN, tmp_path / "package", bits=32)
+    assert not list(tmp_path.iterdir()), "nothing is left"
+
+
+def test_the_installed_engine_needs_the_correction_and_a_mended_one_does_not(monkeypatch):
+    assert position_probe.needs_correction()
+
+    def mended(config, store, *, corrected):
+        """An engine that counts as the model does is this one with a graph that makes up for it."""
+        return engine_graph(config, store, corrected=not corrected)
+
+    monkeypatch.setattr(position_probe, "engine_graph", mended)
+    assert not position_probe.needs_correction.__wrapped__()
+
+
+def test_an_engine_that_is_wrong_either_way_is_refused(monkeypatch):
+    monkeypatch.setattr(position_probe, "_tokens_that_differ", lambda corrected: 3)
+    with pytest.raises(ExportError, match=r"3 with 0 added, 3 with 1 added\. Use MNN 3\.6\.1\."):
+        position_probe.needs_correction.__wrapped__()
+
+
+@pytest.mark.parametrize("place", ["first norm", "head"])
+def test_a_wrong_weight_is_found(exact, tmp_path, place):
+    damaged = shutil.copytree(exact, tmp_path / "package")
+    weights = np.fromfile(damaged / "llm.mnn.weight", np.float32)
+    weights[0 if place == "first norm" else -1856 - 64 * 300] += 8.0
+    weights.tofile(damaged / "llm.mnn.weight")
+    assert "expected of exact weights" in checked(damaged).complaint
+
+
+def test_a_wrong_template_is_found(exact, tmp_path):
+    damaged = shutil.copytree(exact, tmp_path / "package")
+    config = damaged / "llm_config.json"
+    config.write_text(config.read_text("utf-8").replace("[Round ", "[round "), "utf-8")
+    assert "chats otherwise" in checked(damaged).complaint
+
+
+def test_a_package_that_does_not_load_is_told(exact, tmp_path):
+    damaged = shutil.copytree(exact, tmp_path / "package")
+    (damaged / "llm.mnn").unlink()
+    with pytest.raises(ExportError, match="did not load the package"):
+        ask(damaged)
+
+
+def test_the_same_bytes_in_every_run(exact, tmp_path):
+    """A checked manifest among them."""
+    done = glmexport("package", "mnn-llm", GOLDEN, "-o", tmp_path / "again", "--bits", "none", "-q")
+    assert not done.status, done.stderr
+    ours, theirs = listing(tmp_path / "again"), listing(exact)
+    assert {name: content for name, (_, _, content) in ours.items()} == {
+        name: content for name, (_, _, content) in theirs.items()
+    }
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"inner": 75, "heads": 4, "hidden_size": 48, "num_blocks": 3},
+        {"vocab_size": 1897, "image_tokens": 40, "hidden_size": 40, "inner": 300, "tied": True},
+        {"first_revision": True, "image_tokens": 60, "with_head": False, "fmt": "safetensors-sharded"},
+    ],
+    ids=["odd inner size", "image tokens, tied", "first revision, no head"],
+)
+def test_other_shapes(tmp_path, sizes):
+    checkpoint = write_checkpoint(tmp_path / "checkpoint", **sizes)
+    result = write(checkpoint, tmp_path / "float", bits=16).result
+    assert (result.complaint, result.same) == (None, result.count)
+    assert write(checkpoint, tmp_path / "int4", bits=4, block=32).result.complaint is None
+
+
+def test_a_quantized_bundle_keeps_its_integers(quick_bundle, tmp_path):
+    int4, target = tmp_path / "int4", tmp_path / "package"
+    derived(quick_bundle, int4, quantize_pass(4, 32))
+    done = glmexport("package", "mnn-llm", int4, "-o", target, "--json", "-", "-q")
+    assert not done.status, done.stderr
+    report = json.loads(done.stdout)
+    assert report["check"]["same"] > 0.5 * report["check"]["tokens"]
+    bundle = open_bundle(int4)
+    with open_input(str(int4), None, target, print) as found:
+        options = PackageOptions()
+        graph = engine_graph(bundle.config, lambda *matrix: options.stored(found.source, *matrix), corrected=True)
+    data = (target / "llm.mnn.weight").read_bytes()
+    for name, entry in (("lm_head", "lm"), ("transformer.layers.1.mlp.dense_4h_to_h", "glm_block_1")):
+        place = next(place for place in graph.places if place.name == name)
+        shape = (place.stored.outputs, place.stored.inputs)
+        record = bundle.graph(entry)["matrices"][f"{name}.weight"]
+        places = stored_tensors_of(bundle, entry)
+        rows = QuantizedRows(bundle.directory, places, f"{name}.weight", record, shape, "matmulnbits")
+        found, _ = read_matrix(data[place.offset : place.end], place.stored)
+        assert np.allclose(found, rows.rows(np.arange(shape[0])), atol=1e-6)
+    assert_one_sentence(
+        glmexport("package", "mnn-llm", int4, "-o", tmp_path / "x", "--bits", "8"), "keeps its integers"
+    )
+
+
+def test_a_float32_bundle_gives_the_checkpoints_weights(quick_bundle, exact, tmp_path):
+    write(quick_bundle, tmp_path / "package", bits=32)
+    for name in FILES:
+        assert (tmp_path / "package" / name).read_bytes() == (exact / name).read_bytes()
+
+
+def test_a_quantized_package_is_its_dequantized_weights(tmp_path):
+    """With float activations the engine's logits are those of the reference with the weights that were stored."""
+    import torch
+
+    from glmexport.mnn_llm.following import ModelReference
+
+    write(GOLDEN, tmp_path / "package", bits=4, check=NEVER)
+    data = (tmp_path / "package" / "llm.mnn.weight").read_bytes()
+    with open_checkpoint(GOLDEN) as checkpoint:
+        patch, config = checkpoint.patch, checkpoint.config
+        state = {name: checkpoint.read(name).float() for name in checkpoint.weights.names() if "inv_freq" not in name}
+    with open_input(str(GOLDEN), None, tmp_path / "x", print) as found:
+        options = PackageOptions(bits=4)
+        graph = engine_graph(config, lambda *matrix: options.stored(found.source, *matrix), corrected=True)
+    for place in graph.places:
+        if hasattr(place.stored, "bits"):
+            weights, _ = read_matrix(data[place.offset : place.end], place.stored)
+            state[f"{place.name}.weight"] = torch.from_numpy(weights)
+    with torch.device("meta"):
+        model = patch.build_reference(config)
+    model.load_state_dict(state, assign=True, strict=False)
+    prompts = random_prompts(config)[::5]
+    settings = {"memory": "high", "precision": "high"}
+    answers = ask(tmp_path / "package", prompts, STEPS, logits=True, settings=settings)
+    expected = follow(ModelReference(patch, config, model.eval()), prompts, answers.tokens)
+    for found_logits, right, tokens in zip(answers.logits, expected, answers.tokens, strict=True):
+        assert np.linalg.norm(found_logits - right) < 1e-4 * np.linalg.norm(right)
+        assert tokens == right.argmax(-1).tolist()
+
+
+def test_bad_input_is_one_sentence(exact, tmp_path, small_checkpoint, monkeypatch):
+    target = tmp_path / "package"
+    assert_one_sentence(glmexport("package", "mnn-llm", tmp_path / "no", "-o", target), "does not exist")
+    assert_one_sentence(glmexport("package", "mnn-llm", small_checkpoint, "-o", target), "ice_text.model")
+    assert_one_sentence(glmexport("package", "mnn-llm", GOLDEN, "-o", exact), "exists already")
+    float32 = write_checkpoint(tmp_path / "float32", dtype=__import__("torch").float32)
+    assert_one_sentence(glmexport("package", "mnn-llm", float32, "-o", target, "--bits", "16"), "--bits 32")
+    monkeypatch.setattr(engine, "find_spec", lambda name: None)
+    assert_one_sentence(glmexport("package", "mnn-llm", GOLDEN, "-o", target), "pip install 'glmexport[mnn]'")
+    assert not target.exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["chatglm-6b-tiny", "tiny-chatglm"])
+@pytest.mark.parametrize("bits", ["16", "8", "4"])
+def test_both_examples_from_checkpoint_and_bundle(tmp_path, name, bits):
+    checkpoint = ROOT / "examples" / name
+    split_directory(checkpoint, tmp_path / "bundle", opset=17)
+    for number, source in enumerate((checkpoint, tmp_path / "bundle")):
+        done = glmexport(
+            "package", "mnn-llm", source, "-o", tmp_path / str(number), "--bits", bits, "--json", "-", "-q"
+        )
+        assert not done.status, done.stderr
+        check = json.loads(done.stdout)["check"]
+        assert check["prompts"] >= 20
+        assert check["same"] >= check["tokens"] * {"16": 1.0, "8": 0.95, "4": 0.8}[bits]
