@@ -218,6 +218,18 @@ def test_a_quantized_package_is_its_dequantized_weights(tmp_path):
         assert tokens == right.argmax(-1).tolist()
 
 
+@pytest.mark.parametrize("bits", [4, 16])
+def test_the_apps_way_to_load_gives_the_same_tokens(tmp_path, bits):
+    """Weights mapped from files that the engine makes the first time and finds the second."""
+    write(GOLDEN, tmp_path / "package", bits=bits, check=NEVER)
+    with open_checkpoint(GOLDEN, require_weights=False) as checkpoint:
+        prompts = random_prompts(checkpoint.config)[::5]
+    expected = ask(tmp_path / "package", prompts, STEPS).tokens
+    for _ in range(2):
+        settings = {"use_mmap": True, "tmp_path": str(tmp_path)}
+        assert ask(tmp_path / "package", prompts, STEPS, settings=settings).tokens == expected
+
+
 def test_bad_input_is_one_sentence(exact, tmp_path, small_checkpoint, monkeypatch):
     target = tmp_path / "package"
     assert_one_sentence(glmexport("package", "mnn-llm", tmp_path / "no", "-o", target), "does not exist")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from typing import Any
 
 from glmexport.config import ModelConfig
@@ -14,12 +15,13 @@ TOKENIZER_FILE = "tokenizer.mtok"
 EMBEDDING_FILES = {"bfloat16": "embeddings_bf16.bin", "float16": "embeddings_float16.bin"}
 
 
-def config_files(config: ModelConfig, embedding: str, *, quantized: bool, tokenizer: str) -> dict[str, bytes]:
+def config_files(config: ModelConfig, embedding: str, bits: Collection[int], tokenizer: str) -> dict[str, bytes]:
     """Name -> content of both files.
 
-    embedding: dtype of the embedding file. quantized: whether any matrix is integers.
+    embedding: dtype of the embedding file. bits: of the matrices. tokenizer: name of its file.
     """
-    run = {
+    quantized, floats = not {4, 8}.isdisjoint(bits), not {4, 8}.issuperset(bits)
+    run: dict[str, Any] = {
         "llm_model": GRAPH_FILE,
         "llm_weight": WEIGHT_FILE,
         "backend_type": "cpu",
@@ -38,6 +40,8 @@ def config_files(config: ModelConfig, embedding: str, *, quantized: bool, tokeni
         "topK": 50,
         "topP": 0.7,
     }
+    if floats:  # with the apps' use_mmap, MNN 3.6.1 reads them wrongly from its cache when it loads a second time
+        run["use_cached_mmap"] = False
     model: dict[str, Any] = {
         "model_type": "chatglm",
         "hidden_size": config.hidden_size,

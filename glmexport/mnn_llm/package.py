@@ -142,8 +142,7 @@ def write_package(
         writer.write_bytes(GRAPH_FILE, mnn_of_json(graph.net.as_json(digest)))
         writer.write_bytes(TOKENIZER_FILE, _tokenizer(source, tokenizer, facts))
         form = _form(graph, exact)
-        quantized = form in ("int8", "int4")
-        configs = config_files(source.config, source.embedding_dtype, quantized=quantized, tokenizer=TOKENIZER_FILE)
+        configs = config_files(source.config, source.embedding_dtype, _bits(graph), TOKENIZER_FILE)
         for name, content in configs.items():
             writer.write_bytes(name, content)
         result = None
@@ -215,9 +214,13 @@ def _write_embedding(writer: BundleWriter, source: PackageSource, advance: Advan
     return exact
 
 
+def _bits(graph: EngineGraph) -> set[int]:
+    return {place.stored.bits for place in graph.places if isinstance(place.stored, StoredMatrix)}
+
+
 def _form(graph: EngineGraph, exact_embedding: bool) -> str:
     """The coarsest form of weights in the package, as budgets have it."""
-    bits = {place.stored.bits for place in graph.places if isinstance(place.stored, StoredMatrix)}
+    bits = _bits(graph)
     if bits & {4, 8}:
         return f"int{min(bits)}"
     return "float32" if exact_embedding else "float16"

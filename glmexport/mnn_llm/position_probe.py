@@ -103,7 +103,7 @@ def write_probe(directory: Path, weights: _Weights, corrected: bool) -> None:
     weights.tensors[EMBEDDING].astype(np.float16).tofile(directory / EMBEDDING_FILES["float16"])
     rows = "".join(f"{base64.b64encode(b'piece%d' % row).decode()} 0 1\n" for row in range(_ROWS))
     (directory / "tokenizer.txt").write_text(f"430 0\n0 0 0\n\n{_ROWS}\n{rows}")
-    for name, content in config_files(_CONFIG, "float16", quantized=False, tokenizer="tokenizer.txt").items():
+    for name, content in config_files(_CONFIG, "float16", (FLOAT32_BITS,), "tokenizer.txt").items():
         (directory / name).write_bytes(content)
 
 
