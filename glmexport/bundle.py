@@ -143,6 +143,10 @@ def open_bundle(directory: Path) -> Bundle:
         if size > MAX_MANIFEST_BYTES:
             raise BundleError(f"{path} has {size} bytes, expected at most {MAX_MANIFEST_BYTES}; copy or split again.")
         manifest = load_json(path.read_text("utf-8"))
+        if "kind" in manifest:
+            raise BundleError(
+                f"{directory} is a package of the kind {manifest['kind']!r:.80}, no bundle; give what it was made from."
+            )
         if manifest["schema"] != SCHEMA:
             raise BundleError(
                 f"{path} has schema {manifest['schema']!r:.80}, expected {SCHEMA}; it was written by another version "

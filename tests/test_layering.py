@@ -41,7 +41,7 @@ LAYERS = (
     ),
     (
         *("bundle", "checkpoint", "equivalence", "quantized", "raw_rows", "stamping", "verify.matrices", "verify.runs"),
-        *("mnn_llm.engine_config", "mnn_llm.weight_writer"),
+        "mnn_llm.engine_config",
     ),
     (
         "bundle_tokenizer",
@@ -51,6 +51,7 @@ LAYERS = (
         "stored",
         "verify.forms",
         "verify.reference",
+        "mnn_llm.weight_writer",
     ),
     ("bundle_writer", "doctor", "draft", "embedding_rows", "graph_pool", "verify.stored_weights"),
     (

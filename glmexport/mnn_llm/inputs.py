@@ -55,17 +55,12 @@ def open_input(path: str, revision: str | None, output: Path, notice: Notice) ->
             if changed:
                 raise CheckpointError(f"{changed[0]} changed while it was read; start again when nothing writes to it.")
 
-        yield Input(
-            _source(checkpoint, notice), lambda: CheckpointReference(checkpoint, config, _all(config.vocab_size)), check
-        )
+        rows = VocabularyMap.identity(config.vocab_size)
+        yield Input(_source(checkpoint, notice), lambda: CheckpointReference(checkpoint, config, rows), check)
 
 
 def _source(checkpoint: Checkpoint, notice: Notice) -> PackageSource:
     return source_of_draft(draft_of_checkpoint(checkpoint, DEFAULT_OPSET, "none", tied=False, notice=notice))
-
-
-def _all(rows: int) -> VocabularyMap:
-    return VocabularyMap.identity(rows)
 
 
 @contextmanager

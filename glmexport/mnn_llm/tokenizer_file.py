@@ -18,7 +18,7 @@ Source of the layout: MNN's `PipelineTokenizer::load_vocab_binary`, 3.6.1.
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from glmexport.config import ModelConfig
@@ -190,8 +190,3 @@ def _text(text: str) -> bytes:
 
 def _bytes(data: bytes) -> bytes:
     return struct.pack("<H", len(data)) + data
-
-
-def replaced_names() -> Mapping[str, str]:
-    """Piece -> the text that it stands for."""
-    return _STOOD_FOR
