@@ -40,16 +40,16 @@ def _entries(model: bytes) -> Iterator[tuple[int, int, int]]:
     """
     stop = 0
     while stop < len(model) and model[stop] == 0x0A:
-        size, start = _varint(model, stop + 1)
+        size, start = read_varint(model, stop + 1)
         stop = start + size
-        length, position = _varint(model, start + 1)
+        length, position = read_varint(model, start + 1)
         position += length
         if position < stop and model[position] == 0x15:
             position += 5
         yield start, stop, model[position + 1] if position < stop and model[position] == 0x18 else NORMAL
 
 
-def _varint(data: bytes, position: int) -> tuple[int, int]:
+def read_varint(data: bytes, position: int) -> tuple[int, int]:
     """(value, position after it) of a protobuf varint."""
     value = shift = 0
     while data[position] & 0x80:

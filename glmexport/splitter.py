@@ -108,18 +108,19 @@ def split(
     rounded = [dtype for dtype in draft.facts["checkpoint"]["dtypes"] if dtype not in (FLOAT16, options.dtype)]
     if options.dtype == FLOAT16 and rounded:
         notice(f"The checkpoint holds {' and '.join(rounded)}: every weight is rounded to the nearest float16.")
-    files = checkpoint.weights.state_when_opened
 
     def begun(found: bool) -> None:
         if not found:
             notice(f"There is no unfinished run of {output} to go on with; it is begun anew.")
 
     def check() -> None:
-        changed = [name for name, state in checkpoint.weights.state().items() if files.get(name) != state]
+        changed = checkpoint.weights.changed()
         if changed:
             raise CheckpointError(f"{changed[0]} changed while it was read; split again when nothing writes to it.")
 
-    resumable = Resumable({**_identity(draft), "checkpoint": files}, resume, begun, check)
+    resumable = Resumable(
+        {**_identity(draft), "checkpoint": checkpoint.weights.state_when_opened}, resume, begun, check
+    )
     write_bundle(draft, output, force=force, resumable=resumable, advance=advance)
     return draft
 

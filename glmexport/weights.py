@@ -97,6 +97,10 @@ class Weights:
             found[path.name] = [status.st_size, status.st_mtime_ns]
         return found
 
+    def changed(self) -> tuple[str, ...]:
+        """Names of weight files that are no longer what they were when they were opened. Raises as `state`."""
+        return tuple(name for name, state in self.state().items() if self.state_when_opened.get(name) != state)
+
     @property
     def total_bytes(self) -> int:
         """Bytes of all tensors together; tensors that share storage count once each."""

@@ -27,21 +27,20 @@ LAYERS = (
             "verify.measures",
             "mnn_llm.converter",
             "mnn_llm.engine",
-            "mnn_llm.sentencepiece_facts",
         ),
     ),
     (
         *("interface", "patch", "prompt", "weight_files", "models.chatglm_6b", "passes.wide_activations"),
         *("placement", "quantize_kernels", "recipe", "tensors", "tokenizer"),
-        *("mnn_llm.stored_weights", "mnn_llm.tokenizer_file"),
+        *("mnn_llm.sentencepiece_facts", "mnn_llm.stored_weights"),
     ),
     (
         *("form", "graph_lint", "graphs", "trace", "weights", "quantized_rows", "verify.cases", "patches"),
-        *("mnn_llm.chat_template", "mnn_llm.engine_graph"),
+        *("mnn_llm.engine_graph", "mnn_llm.tokenizer_file"),
     ),
     (
         *("bundle", "checkpoint", "equivalence", "quantized", "raw_rows", "stamping", "verify.matrices", "verify.runs"),
-        "mnn_llm.engine_config",
+        "mnn_llm.chat_template",
     ),
     (
         "bundle_tokenizer",
@@ -51,7 +50,7 @@ LAYERS = (
         "stored",
         "verify.forms",
         "verify.reference",
-        "mnn_llm.weight_writer",
+        *("mnn_llm.engine_config", "mnn_llm.weight_writer"),
     ),
     ("bundle_writer", "doctor", "draft", "embedding_rows", "graph_pool", "verify.stored_weights"),
     (

@@ -48,10 +48,9 @@ def open_input(path: str, revision: str | None, output: Path, notice: Notice) ->
     with open_checkpoint(path, revision) as checkpoint:
         check_apart(checkpoint.directory, output)
         config = checkpoint.config
-        files = checkpoint.weights.state_when_opened
 
         def check() -> None:
-            changed = [name for name, state in checkpoint.weights.state().items() if files.get(name) != state]
+            changed = checkpoint.weights.changed()
             if changed:
                 raise CheckpointError(f"{changed[0]} changed while it was read; start again when nothing writes to it.")
 

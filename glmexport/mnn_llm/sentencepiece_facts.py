@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from glmexport.errors import CheckpointError
+from glmexport.sentencepiece_model import read_varint
 
 UNIGRAM, BPE, WORD, CHAR = 1, 2, 3, 4
 KINDS = {UNIGRAM: "Unigram", BPE: "BPE", WORD: "Word", CHAR: "Char"}
@@ -69,22 +70,14 @@ def _fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
     """(field number, value) of a protobuf message; fixed-width numbers are given as their bytes."""
     position = 0
     while position < len(data):
-        tag, position = _varint(data, position)
+        tag, position = read_varint(data, position)
         wire = tag & 7
         if wire == 0:
-            value, position = _varint(data, position)
+            value, position = read_varint(data, position)
             yield tag >> 3, value
             continue
-        size, position = _varint(data, position) if wire == 2 else ({1: 8, 5: 4}[wire], position)
+        size, position = read_varint(data, position) if wire == 2 else ({1: 8, 5: 4}[wire], position)
         if position + size > len(data):
             raise ValueError("a field reaches past the end")
         yield tag >> 3, data[position : position + size]
         position += size
-
-
-def _varint(data: bytes, position: int) -> tuple[int, int]:
-    value = shift = 0
-    while data[position] & 0x80:
-        value |= (data[position] & 0x7F) << shift
-        position, shift = position + 1, shift + 7
-    return value | data[position] << shift, position + 1
