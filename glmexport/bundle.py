@@ -68,8 +68,13 @@ class Bundle:
     files: Mapping[str, FileRecord]
 
     @property
+    def runtime(self) -> str:
+        """What its graphs are for (`names.RUNTIMES`)."""
+        return _runtime_of(self.manifest)
+
+    @property
     def opset(self) -> int:
-        """Opset of every graph."""
+        """Opset of every graph; for MNN, of those that they were converted from."""
         return int(self.manifest["opset"])
 
     @property
@@ -170,7 +175,11 @@ def open_bundle(directory: Path) -> Bundle:
     has_embedding = form.embedding.kind == GRAPH
     # the number is compared first: a damaged one could ask for a list of any length
     expected = config.num_blocks + 1 + has_embedding
-    if len(graphs) != expected or not all(map(_is_graph, graphs, names.graph_names(config.num_blocks, has_embedding))):
+    expected_names = names.graph_names(config.num_blocks, has_embedding) if len(graphs) == expected else ()
+    runtime = _runtime_of(manifest)
+    if not expected_names or not all(
+        _is_graph(entry, name, runtime) for entry, name in zip(graphs, expected_names, strict=True)
+    ):
         raise BundleError(
             f"{path} lists {len(graphs)} graphs, expected {f'{names.EMBEDDING}, ' * has_embedding}{config.num_blocks} "
             f"blocks and {names.HEAD} in this order, each with files of its name; split again."
@@ -210,6 +219,11 @@ def _parts_of(manifest: Any) -> tuple[ModelConfig, Form, tuple[dict[str, Any], .
     _demand(manifest, tokenizer=list, checkpoint=dict, tools=dict, history=list)
     model = manifest["model"]
     config = _typed(ModelConfig, {**model, "special_ids": _typed(SpecialIds, model["special_ids"])})
+    runtime = _runtime_of(manifest)
+    if runtime not in names.RUNTIMES:
+        raise ValueError(f"runtime is {runtime!r:.80}, expected one of {', '.join(names.RUNTIMES)}")
+    if runtime == names.MNN:
+        _demand(manifest["mnn"], version=str, memory=str, source=dict)
     if manifest["argmax"] not in ARGMAX_MODES:
         raise ValueError(f"argmax is {manifest['argmax']!r:.80}, expected one of {', '.join(ARGMAX_MODES)}")
     complaints = implausible_sizes(config)
@@ -219,7 +233,7 @@ def _parts_of(manifest: Any) -> tuple[ModelConfig, Form, tuple[dict[str, Any], .
         _demand(graph, name=str, kind=str, file=str, data=str, weights=str, parameters=int, inputs=list, outputs=list)
         _demand(graph, transposed=list, matrices=dict)
         for record in graph["matrices"].values():
-            _demand_matrix(record)
+            _demand_matrix(record) if runtime == names.ONNX else _demand_mnn_matrix(record)
         if not all(isinstance(name, str) for name in graph["transposed"]):
             raise TypeError("transposed holds something else than names")
         if not 0 <= graph["parameters"] < MAX_COUNT or not graph["weights"].isprintable():
@@ -239,6 +253,13 @@ def _parts_of(manifest: Any) -> tuple[ModelConfig, Form, tuple[dict[str, Any], .
     return config, form, tuple(manifest["graphs"]), files
 
 
+def _demand_mnn_matrix(record: Any) -> None:
+    _demand(record, bits=int, block=int, symmetric=bool, rounded=bool, bytes=int, offset=int)
+    sizes = (record["block"], record["bytes"], record["offset"])
+    if record["bits"] not in (4, 8, 16, 32) or not all(0 <= size < MAX_COUNT for size in sizes):
+        raise ValueError(f"a matrix is stored as {record!r:.80}")
+
+
 def _demand_matrix(record: Any) -> None:
     _demand(record, bytes=int)
     try:
@@ -247,8 +268,22 @@ def _demand_matrix(record: Any) -> None:
         raise ValueError(str(error)) from error
 
 
-def _is_graph(entry: Mapping[str, Any], name: str) -> bool:
-    return (entry["name"], entry["file"], entry["data"]) == (name, names.graph_file(name), names.data_file(name))
+def _is_graph(entry: Mapping[str, Any], name: str, runtime: str) -> bool:
+    files = names.graph_file(name, runtime), names.data_file(name, runtime)
+    return (entry["name"], entry["file"], entry["data"]) == (name, *files)
+
+
+def _runtime_of(manifest: Mapping[str, Any]) -> str:
+    return str(manifest.get("runtime", names.ONNX))  # bundles of ONNX graphs do not say
+
+
+def demand_onnx(bundle: Bundle) -> None:
+    """Raise BundleError for a bundle that holds no ONNX graphs."""
+    if bundle.runtime != names.ONNX:
+        raise BundleError(
+            f"{bundle.directory} is for {bundle.runtime.upper()} and holds no ONNX graphs, which this needs; give the "
+            "bundle that it was converted from."
+        )
 
 
 def _demand(entry: Any, **kinds: type) -> None:

@@ -9,6 +9,11 @@ RECIPE = "recipe.toml"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 TOKENIZER_MODEL = "ice_text.model"
 
+# what a bundle is for
+ONNX = "onnx"
+MNN = "mnn"
+RUNTIMES = (ONNX, MNN)
+
 # graphs
 EMBEDDING = "embedding"
 HEAD = "lm"
@@ -52,14 +57,14 @@ def graph_kind(graph: str) -> str:
     return {EMBEDDING: KIND_EMBEDDING, HEAD: KIND_HEAD}.get(graph, KIND_BLOCK)
 
 
-def graph_file(graph: str) -> str:
-    """File name of a graph: `<graph>.onnx`."""
-    return f"{graph}.onnx"
+def graph_file(graph: str, runtime: str = ONNX) -> str:
+    """File name of a graph: `<graph>.onnx`, or `<graph>.mnn`."""
+    return f"{graph}.{runtime}"
 
 
-def data_file(graph: str) -> str:
-    """File name of a graph's external data: `<graph>.onnx.data`."""
-    return f"{graph}.onnx.data"
+def data_file(graph: str, runtime: str = ONNX) -> str:
+    """File name of what a graph has beside it: `<graph>.onnx.data`, or `<graph>.mnn.weight`, as MNN looks for it."""
+    return f"{graph}.{runtime}.{'data' if runtime == ONNX else 'weight'}"
 
 
 def block_id_of(graph: str) -> int | None:

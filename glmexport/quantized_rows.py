@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import mmap
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from glmexport.affine import Affine, dequantize
+from glmexport.affine import Affine, dequantize, unpack
 from glmexport.errors import BundleError
 from glmexport.onnx_files import Array, ExternalTensor, as_bytes
 from glmexport.recipe import affine_of_record
@@ -82,6 +83,36 @@ class QuantizedRows:
             centred -= np.repeat(self._elements(points, groups, ids), block, axis=1)[:, : self.inputs]
         centred *= np.repeat(per_group, block, axis=1)[:, : self.inputs]
         return centred
+
+    def let_go(self) -> None:
+        """Give back the pages that were read, for whoever reads all rows once; they count as memory of the process."""
+        for part in self.parts.values():
+            mapped = getattr(part, "_mmap", None)
+            if mapped is not None and hasattr(mmap, "MADV_DONTNEED"):
+                mapped.madvise(mmap.MADV_DONTNEED)
+
+    def integers(self, ids: npt.NDArray[np.int64]) -> tuple[Array, Array, Array | None]:
+        """What these outputs are made of: codes uint8 [n, in], scales float32 [n, groups], zero points uint8 or None.
+
+        Codes are unsigned; where the matrix is symmetric the zero point of all is `affine.middle`. Groups are of
+        `affine.block_size` inputs, the last one of what is left.
+        """
+        codes, scales = self.parts[CODES], self.parts[SCALES]
+        points = self.parts.get(ZERO_POINTS)
+        bits, groups = self.affine.bits, self.affine.groups(self.inputs)
+        if self._layout == "matmulnbits":
+            flat = codes[ids].reshape(len(ids), -1)
+            whole = None if points is None else unpack(points[ids], bits, groups)
+            return unpack(flat, bits, self.inputs), np.asarray(scales[ids]), whole
+        middle = np.float32(self.affine.middle if self.affine.symmetric else 0)
+        unsigned = (self._elements(codes, np.arange(self.inputs), ids) + middle).astype(np.uint8)
+        lines = np.arange(scales.size // self.outputs)
+        per_group = np.ascontiguousarray(scales.reshape(-1, self.outputs)[:, ids].T)
+        whole = None if points is None else self._elements(points, lines, ids).astype(np.uint8)
+        if self.affine.per_channel:  # the other layout repeats the one scale
+            per_group = np.repeat(per_group, groups, axis=1)
+            whole = None if whole is None else np.repeat(whole, groups, axis=1)
+        return unsigned, per_group, whole
 
     def _elements(self, packed: Array, lines: Array, ids: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
         """Integers of a packed row-major [lines, out] array at [ids, lines], as float32."""
