@@ -34,12 +34,10 @@ def derive(
     what the pass raises. No error leaves anything behind.
     """
     check_output(output, force=force)
-    source, target = bundle.directory.resolve(), output.resolve()
-    if target == source or source in target.parents or target in source.parents:
-        raise BundleError(f"{output} and the bundle {bundle.directory} lie in one another; choose another output.")
+    demand_apart(bundle, output)
     draft = draft_of_bundle(bundle)
     changed = make_pass(draft).apply(draft, notice)  # what it refuses is known before gigabytes are hashed
-    _demand_intact(bundle, advance)
+    demand_intact(bundle, advance)
     write_bundle(changed, output, force=force, copy=copy, advance=advance)
     return changed
 
@@ -49,7 +47,15 @@ def derive_total(bundle: Bundle) -> int:
     return 2 * bundle.total_bytes
 
 
-def _demand_intact(bundle: Bundle, advance: Advance) -> None:
+def demand_apart(bundle: Bundle, output: Path) -> None:
+    """Raise BundleError where one of the two directories would lie in the other."""
+    source, target = bundle.directory.resolve(), output.resolve()
+    if target == source or source in target.parents or target in source.parents:
+        raise BundleError(f"{output} and the bundle {bundle.directory} lie in one another; choose another output.")
+
+
+def demand_intact(bundle: Bundle, advance: Advance) -> None:
+    """Raise BundleError where a file is not what the manifest says. advance: takes (file, bytes hashed)."""
     complaints, listed = [], {*bundle.files, names.MANIFEST}  # files that are not are left behind
     for name, complaint in check_files(bundle):
         advance(f"hash {name}", bundle.files[name].bytes if name in bundle.files else 0)

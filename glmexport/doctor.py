@@ -165,6 +165,8 @@ def bundle_needs(bundle: Bundle) -> FormNeeds:
     table = bundle.form.embedding_file
     kv_cache = config.num_blocks * kv_cache_bytes(config, 1, config.max_positions, bundle.form.float_bytes)
     held = sum(graphs.values())
+    if bundle.runtime == names.MNN and bundle.manifest["mnn"]["memory"] == "normal":
+        read = held = 4 * sum(int(entry["parameters"]) for entry in bundle.graphs)
     disk = sum(files.values()) + (bundle.files[table].bytes if table is not None else 0)
     name = f"this bundle, {form_in_words(bundle)}"
     return FormNeeds(name, disk, held + scales + kv_cache, max(graphs.values()) + kv_cache, read)
@@ -270,6 +272,8 @@ def _sizes(form: Affine | int, out: int, width: int) -> Sizes:
 
 def _scales_of_record(record: Mapping[str, Any]) -> int:
     """Bytes of scales among those that a manifest says of a matrix: 4 for each group of codes."""
+    if "block" in record:  # of a bundle for MNN, which holds what is stored
+        return 0
     affine = affine_of_record(record)
     group = LARGEST_BLOCK if affine.per_channel else int(affine.group_size)
     return int(record["bytes"]) * 4 // (group * affine.bits // 8 + 4)

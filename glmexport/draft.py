@@ -14,7 +14,7 @@ from typing import Any
 import onnx
 
 from glmexport import __version__, names
-from glmexport.bundle import MAX_SMALL_BYTES, SCHEMA, Bundle, LinkedFile
+from glmexport.bundle import MAX_SMALL_BYTES, SCHEMA, Bundle, LinkedFile, demand_onnx
 from glmexport.config import ModelConfig
 from glmexport.errors import BundleError
 from glmexport.form import FLOAT32, RAW_DTYPES, WEIGHTS, Form
@@ -188,7 +188,11 @@ def graph_entry(draft: BundleDraft, graph: GraphDraft, model: onnx.ModelProto) -
 
 
 def draft_of_bundle(bundle: Bundle) -> BundleDraft:
-    """The bundle as it is, every file a link. Raises BundleError for graphs that cannot be read or point elsewhere."""
+    """The bundle as it is, every file a link.
+
+    Raises BundleError for graphs that cannot be read, point elsewhere, or are not ONNX.
+    """
+    demand_onnx(bundle)
     graphs = tuple(_graph_of_bundle(bundle, entry) for entry in bundle.graphs)
     owned = {entry[key] for entry in bundle.graphs for key in ("file", "data")}
     files: dict[str, bytes | Tensor | LinkedFile] = {

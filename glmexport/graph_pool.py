@@ -1,4 +1,4 @@
-"""The open graphs of a bundle: onnxruntime sessions, kept or streamed as a placement says."""
+"""The open graphs of a bundle: sessions of onnxruntime or MNN, kept or streamed as a placement says."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any, Protocol
+
+import numpy.typing as npt
 
 from glmexport import names
 from glmexport.bundle import Bundle
 from glmexport.errors import BundleError, printable, reason_of
 from glmexport.graph_lint import foreign_parts
 from glmexport.interface import graph_spec
+from glmexport.mnn_session import MnnGraph, backend_for
 from glmexport.onnx_files import load_graph
 from glmexport.placement import READ_AHEAD, Placement, graphs_for_gpu, held_on_cpu, place
 from glmexport.stored import stored_tensors
-
-if TYPE_CHECKING:
-    import onnxruntime  # type: ignore[import-untyped]
 
 CPU_PROVIDER = "CPUExecutionProvider"
 _NO_GPU = (CPU_PROVIDER, "AzureExecutionProvider")
@@ -32,6 +32,14 @@ MAX_COMPLAINT = 400
 """Characters of what is said about a graph, which may hold names of any length."""
 
 _ADVICE_BYTES = 1 << 20  # Linux reads no more than some of the disk's largest request for one piece of advice
+
+
+class OpenGraph(Protocol):
+    """What can be run, whichever runtime opened it."""
+
+    def run(self, outputs: list[str], feeds: dict[str, npt.NDArray[Any]], /) -> list[npt.NDArray[Any]]:
+        """The outputs of these names."""
+        ...
 
 
 class GraphPool:
@@ -49,8 +57,10 @@ class GraphPool:
         providers: tuple[str, ...],
         gpu_memory: int | None,
         read_ahead: int = READ_AHEAD,
+        mnn_memory: str | None = None,
     ) -> None:
         """Plan; nothing is opened. Arguments as of `Session`."""
+        self._mnn_memory = mnn_memory
         self._bundle = bundle
         self._limit, self._threads, self._read_ahead = memory_limit, threads, read_ahead
         self._providers, self._gpu_memory = providers, gpu_memory
@@ -58,7 +68,7 @@ class GraphPool:
         self._gpu = () if gpu_memory is None else graphs_for_gpu(files, bundle.config, gpu_memory, width)
         held = held_on_cpu(files, width)
         self.sizes = {name: held[name] if self._on_cpu(name) else size for name, size in files.items()}
-        self._open: dict[str, Future[onnxruntime.InferenceSession]] = {}
+        self._open: dict[str, Future[OpenGraph]] = {}
         self._openers = ThreadPoolExecutor(OPENERS, "glmexport-open")
         self.placement = self.placed(0)
 
@@ -67,7 +77,7 @@ class GraphPool:
         if self._limit is not None:
             self.placement = self.placed(kv_bytes)
 
-    def get(self, graph: str) -> onnxruntime.InferenceSession:
+    def get(self, graph: str) -> OpenGraph:
         """The open graph; opens what comes after it meanwhile. Raises BundleError where it cannot be opened."""
         window = self._window(graph)
         for name in [name for name in self._open if name in self.placement.streamed and name not in window]:
@@ -142,13 +152,26 @@ class GraphPool:
         if not future.cancel():
             future.exception()  # it is being opened: its bytes are only free once that has ended
 
-    def _load(self, graph: str) -> onnxruntime.InferenceSession:
-        import onnxruntime
-
-        path = self._bundle.whole_path(names.graph_file(graph))
-        self._demand_ours(graph, path)
+    def _load(self, graph: str) -> OpenGraph:
+        runtime = self._bundle.runtime
+        path = self._bundle.whole_path(names.graph_file(graph, runtime))
+        if runtime == names.MNN:
+            self._bundle.whole_path(names.data_file(graph, runtime))
+        else:
+            self._demand_ours(graph, path)
         if graph in self.placement.streamed:
-            _read_ahead(self._bundle.path(names.data_file(graph)))
+            _read_ahead(self._bundle.path(names.data_file(graph, runtime)))
+        return self._open_with_mnn(graph) if runtime == names.MNN else self._open_with_onnxruntime(graph, path)
+
+    def _open_with_mnn(self, graph: str) -> OpenGraph:
+        on_gpu = graph in self._gpu
+        wanted = () if self._gpu_memory is not None and not on_gpu else self._providers
+        backend = backend_for(wanted, on_gpu=on_gpu)
+        return MnnGraph(self._bundle, graph, memory=self._mnn_memory, threads=self._threads, backend=backend)
+
+    def _open_with_onnxruntime(self, graph: str, path: Path) -> OpenGraph:
+        import onnxruntime  # type: ignore[import-untyped]
+
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 4  # what it would log is raised too
         # every graph has threads of its own: those of one must not spin while the next one runs
@@ -161,11 +184,12 @@ class GraphPool:
             options.intra_op_num_threads = self._threads
         providers = self._providers_of(graph)
         try:
-            return onnxruntime.InferenceSession(str(path), options, providers=providers)
+            session: OpenGraph = onnxruntime.InferenceSession(str(path), options, providers=providers)
         except Exception as error:  # onnxruntime's own errors share no public base class
             raise BundleError(
                 f"{path.name} could not be loaded ({reason_of(error)}); copy the bundle or split again."
             ) from error
+        return session
 
     def _demand_ours(self, graph: str, path: Path) -> None:
         """Refuse what onnxruntime would trust: data outside the bundle, sizes that are not the model's, loops."""

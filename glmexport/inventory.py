@@ -33,6 +33,7 @@ def bundle_inventory(directory: Path) -> dict[str, Any]:
         "kind": "bundle",
         "architecture": str(bundle.manifest["architecture"]),
         "form": form_in_words(bundle),
+        "runtime": bundle.runtime,
         **_model(bundle.config),
         "opset": bundle.opset,
         "tied": bool(bundle.manifest["tied"]),
@@ -57,6 +58,10 @@ def form_in_words(bundle: Bundle) -> str:
         words.append(f"{' and '.join(f'int{count}' for count in sorted(bits))} {form.quantization.format}")
     if form.weights != FLOAT32:
         words.append(f"{form.weights} weights")
+    if bundle.runtime == names.MNN:
+        bits = {record["bits"] for entry in bundle.graphs for record in entry["matrices"].values()}
+        kinds = [f"{'int' if count < 16 else 'float'}{count}" for count in sorted(bits)]
+        words.append(f"{' and '.join(kinds)} for MNN {bundle.manifest['mnn']['version']}")
     return ", ".join(words) or "float32"
 
 

@@ -66,7 +66,8 @@ class Journal:
                 entry = dict(line["entry"])
             except (TypeError, ValueError, KeyError, AttributeError):
                 break
-            if "/" in graph or {*files} != {names.graph_file(graph), names.data_file(graph)}:
+            ours = [{names.graph_file(graph, kind), names.data_file(graph, kind)} for kind in (names.ONNX, names.MNN)]
+            if "/" in graph or {*files} not in ours:
                 break  # what does not fit is removed: it must be a file of ours
             self.finished[graph] = Finished(files, entry)
         return True

@@ -1,4 +1,4 @@
-"""onnxruntime over a bundle: embedding, blocks and LM head in a chain, within a limit of memory."""
+"""onnxruntime or MNN over a bundle: embedding, blocks and LM head in a chain, within a limit of memory."""
 
 from __future__ import annotations
 
@@ -42,6 +42,8 @@ class Session:
     gpu_memory: bytes that are free on a GPU; as many blocks as fit run there, on `providers` (default: whichever GPU
     provider onnxruntime has), the others on the CPU.
     read_ahead: streamed graphs to open beyond the one that runs, where the limit has room.
+    mnn_memory: how MNN holds the weights of a bundle for it, `low` or `normal` (see `mnn_module.MEMORY`); None for what
+    the bundle was made for. Such a bundle's `providers` are MNN's backends (`mnn_module.BACKENDS`).
 
     Nothing is opened before it is needed, unless `load` is called. Rows of a raw embedding are mapped and not counted.
     Hidden states, KV cache and logits are of the bundle's dtype (`bundle.form.dtype`), float32 or float16.
@@ -57,6 +59,7 @@ class Session:
         providers: Sequence[str] = (),
         gpu_memory: int | str | None = None,
         read_ahead: int = READ_AHEAD,
+        mnn_memory: str | None = None,
     ) -> None:
         memory_limit, gpu_memory = (
             parse_size(size) if isinstance(size, str) else size for size in (memory_limit, gpu_memory)
@@ -74,6 +77,7 @@ class Session:
             providers=(providers,) if isinstance(providers, str) else tuple(providers),
             gpu_memory=gpu_memory,
             read_ahead=read_ahead,
+            mnn_memory=mnn_memory,
         )
 
     def __enter__(self) -> Session:
@@ -193,9 +197,9 @@ class Session:
         try:
             values = session.run(outputs, dict(feeds))
         except Exception as error:  # onnxruntime's own errors share no public base class
+            file = names.graph_file(graph, self.bundle.runtime)
             raise BundleError(
-                f"{names.graph_file(graph)} failed to run ({reason_of(error)}); see `glmexport inspect --check`, or "
-                "split again."
+                f"{file} failed to run ({reason_of(error)}); see `glmexport inspect --check`, or make the bundle again."
             ) from error
         if graph in self._pool.placement.streamed:
             # what onnxruntime gives lies in memory of the graph, all of which it would keep when the graph is closed

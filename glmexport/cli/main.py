@@ -21,6 +21,7 @@ COMMANDS = {
     "slim": ("glmexport.cli.slim", "Drop vocabulary rows: the image tokens, or all but a chosen set."),
     "embed": ("glmexport.cli.embed", "Store the embedding as raw rows (bf16), or share the LM head's."),
     "quantize": ("glmexport.cli.quantize", "Quantize the blocks and the LM head to int8 or int4."),
+    "convert": ("glmexport.cli.convert", "Convert a bundle to another runtime's format: MNN."),
     "verify": ("glmexport.cli.verify", "Prove a bundle equal to the PyTorch reference."),
     "package": ("glmexport.cli.package", "Make the folder that MNN's LLM engine runs on phones."),
     "generate": ("glmexport.cli.generate", "Continue a prompt with a bundle."),

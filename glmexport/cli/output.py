@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -155,3 +156,19 @@ def _bar(quiet: bool, total: int, unit: str) -> Iterator[Callable[[str, int], No
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("", total=total)
         yield lambda what, step: bar.update(task, description=what, advance=step)
+
+
+@contextmanager
+def resumable() -> Iterator[None]:
+    """Say, where a run that ends early leaves something to go on with, how."""
+    from glmexport.bundle_writer import KEPT
+
+    try:
+        yield
+    except BaseException as error:
+        if KEPT in getattr(error, "__notes__", ()):
+            words = [word for word in sys.argv[1:] if word != "--resume"]
+            command = shlex.join(["glmexport", *words, "--resume"])
+            newline = "\n" * isinstance(error, KeyboardInterrupt)  # the terminal has shown ^C
+            click.echo(f"{newline}Note: The finished graphs are kept; go on with: {command}", err=True)
+        raise

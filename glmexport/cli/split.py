@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import shlex
 import shutil
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -135,7 +132,7 @@ def command(
             _print_plan(dict(plan.files), plan.disk, plan.peak_memory, bundle)
             return
         notice = output.notifier(quiet)
-        with _resumable(), output.progress(quiet, plan.disk, "of the bundle") as advance:
+        with output.resumable(), output.progress(quiet, plan.disk, "of the bundle") as advance:
             written_draft = split(
                 source, bundle, split_options, force=force, resume=resume, notice=notice, advance=advance
             )
@@ -152,22 +149,6 @@ def command(
 
             if not run_verify(written, source, quiet=quiet):
                 sys.exit(1)
-
-
-@contextmanager
-def _resumable() -> Iterator[None]:
-    """Say, where a run that ends early leaves something to go on with, how."""
-    from glmexport.bundle_writer import KEPT
-
-    try:
-        yield
-    except BaseException as error:
-        if KEPT in getattr(error, "__notes__", ()):
-            words = [word for word in sys.argv[1:] if word != "--resume"]
-            command = shlex.join(["glmexport", *words, "--resume"])
-            newline = "\n" * isinstance(error, KeyboardInterrupt)  # the terminal has shown ^C
-            click.echo(f"{newline}Note: The finished graphs are kept; go on with: {command}", err=True)
-        raise
 
 
 def _print_plan(files: dict[str, int], disk: int, memory: int, bundle: Path) -> None:

@@ -38,7 +38,8 @@ def command(
 
     First every file's size and SHA-256 and the rules of the graphs; then each graph by itself on onnxruntime (several
     lengths, real past, left-padded batch, infilling, the model's last positions), its weights bit for bit, and the
-    whole chain with greedy tokens. One block is in memory at a time. Exit status 1 if anything fails.
+    whole chain with greedy tokens. One block is in memory at a time. Exit status 1 if anything fails. A bundle for MNN
+    is run by MNN, in normal and low memory mode.
 
     A float16 bundle is held to twice the error of the reference in float16, and each block's headroom says how many
     times larger its largest number might be before float16 overflows.

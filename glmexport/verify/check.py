@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from functools import cache, partial
 from typing import Any
 
@@ -18,29 +19,27 @@ from glmexport.form import FLOAT16
 from glmexport.graph_lint import lint_graph
 from glmexport.interface import graph_spec
 from glmexport.inventory import form_in_words
-from glmexport.session import Session
 from glmexport.verify.cases import make_cases
 from glmexport.verify.expected import check_same_model, expected_draft
 from glmexport.verify.forms import graph_forms
 from glmexport.verify.measures import HalfErrors, NextTokens, Worst, half_errors, margin
+from glmexport.verify.mnn_weights import MnnStoredWeights, check_mnn_structure
+from glmexport.verify.modes import Mode, ModeRun, modes_of
 from glmexport.verify.overflow import OverflowProbe, Peak, Stress, peak_row
 from glmexport.verify.reference import StreamedReference
 from glmexport.verify.report import Report, Row
-from glmexport.verify.runs import BlockInputs, BlockOutputs, Run, as_array, feeds
+from glmexport.verify.runs import BlockInputs, BlockOutputs, as_array, feeds
 from glmexport.verify.stored_weights import StoredWeights
 from glmexport.verify.structure import check_structure
-from glmexport.verify.tolerances import CHAIN_BUDGETS, FORMS, HALF_SLACK, INHERENT_SLACK, TOLERANCES
+from glmexport.verify.tolerances import FORMS, HALF_SLACK, INHERENT_SLACK, TOLERANCES
 from glmexport.vocabulary import VocabularyMap
 
 DEFAULT_STEPS = 4
 """Decode steps after each prompt; few, because a model that does not stay in memory is read once a step."""
 
-MEMORY_LIMIT = 1 << 28
-"""Bytes of graphs to keep open: small models stay, of a large one only the graph that runs, because the reference's own
-block is in memory beside it."""
-
 Advance = Callable[[str], None]
 Array = npt.NDArray[Any]
+OneMore = Callable[[int, BlockInputs, tuple[Array, Array]], None]
 
 
 def ignore_advance(what: str) -> None:
@@ -67,7 +66,8 @@ def verify(
     if report.failures:
         return report  # damaged files are not worth running
     report.rows.append(Row("all", "files", True, detail=f"{len(bundle.files)} files match size and SHA-256"))
-    report.rows.extend(_lint(bundle, advance))
+    if bundle.runtime == names.ONNX:
+        report.rows.extend(_lint(bundle, advance))
     if report.failures:
         return report
     try:
@@ -77,10 +77,15 @@ def verify(
     except GlmExportError as error:
         report.rows.append(Row("all", "manifest", False, detail=str(error)))
         return report
-    report.rows.extend(check_structure(bundle, expected, advance))
-    with torch.inference_mode(), Session(bundle, memory_limit=MEMORY_LIMIT, read_ahead=0) as session:
+    structure = check_structure if bundle.runtime == names.ONNX else check_mnn_structure
+    report.rows.extend(structure(bundle, expected, advance))
+    with torch.inference_mode(), ExitStack() as stack:
         try:
-            _Comparison(bundle, checkpoint, session, report, steps, advance).run()
+            modes = []
+            for mode in modes_of(bundle):
+                stack.enter_context(mode.session)
+                modes.append(mode)
+            _Comparison(bundle, checkpoint, modes, report, steps, advance).run()
         except BundleError as error:
             report.rows.append(Row("all", "run", False, detail=str(error)))
     return report
@@ -89,7 +94,8 @@ def verify(
 def progress_total(bundle: Bundle, steps: int = DEFAULT_STEPS) -> int:
     """How often `verify` calls `advance`."""
     graphs, parts = len(bundle.graphs), bundle.config.num_blocks + 2  # an embedding may be a part and no graph
-    return 1 + len(bundle.files) + 2 * graphs + (steps + 2) * parts
+    looked_at = 2 * graphs if bundle.runtime == names.ONNX else 0
+    return 1 + len(bundle.files) + looked_at + (steps + 2) * parts
 
 
 def _lint(bundle: Bundle, advance: Advance) -> Iterator[Row]:
@@ -112,9 +118,15 @@ class _Comparison:
     """The numeric part: the graphs generate first, then the reference is streamed once over prompts and answers."""
 
     def __init__(
-        self, bundle: Bundle, checkpoint: Checkpoint, session: Session, report: Report, steps: int, advance: Advance
+        self,
+        bundle: Bundle,
+        checkpoint: Checkpoint,
+        modes: Sequence[Mode],
+        report: Report,
+        steps: int,
+        advance: Advance,
     ) -> None:
-        self._bundle, self._checkpoint, self._session = bundle, checkpoint, session
+        self._bundle, self._checkpoint, self._modes = bundle, checkpoint, modes
         self._report, self._advance = report, advance
         self._steps = steps
         self._dtype = bundle.form.dtype
@@ -123,8 +135,10 @@ class _Comparison:
         slim = bundle.form.slim
         vocabulary = slim.vocabulary if slim else VocabularyMap.identity(checkpoint.config.vocab_size)
         self._reference = StreamedReference(checkpoint, vocabulary)
-        self._weights = StoredWeights(bundle, checkpoint, self._reference)
-        self._runs = [Run(case) for case in make_cases(bundle.config, steps)]
+        stored = StoredWeights if bundle.runtime == names.ONNX else MnnStoredWeights
+        self._weights: StoredWeights | MnnStoredWeights = stored(bundle, checkpoint, self._reference)
+        cases = make_cases(bundle.config, steps)
+        self._runs = [ModeRun(case, mode=mode) for mode in modes for case in cases]
         self._stress = Stress(checkpoint, self._reference, bundle.config) if self._dtype == FLOAT16 else None
         self._peak = Peak()
 
@@ -136,42 +150,46 @@ class _Comparison:
             self._compare_block(block_id)
         self._compare_head_and_chain()
 
+    def _release(self) -> None:
+        for mode in self._modes:
+            mode.session.release()
+
     def _generate(self) -> None:
         """Chain the graphs, all cases side by side so that each graph is opened once a step."""
         pasts = {
-            (run.case.name, block_id): self._session.empty_past(run.case.batch)
+            (run.name, block_id): run.mode.session.empty_past(run.case.batch)
             for run in self._runs
             for block_id in range(self._bundle.config.num_blocks)
         }
         for step in range(self._steps + 1):
-            hidden = {run.case.name: self._session.embed(run.input_ids(step)) for run in self._runs}
+            hidden = {run.name: run.mode.session.embed(run.input_ids(step)) for run in self._runs}
             self._advance(f"generate {names.EMBEDDING}")
             for block_id in range(self._bundle.config.num_blocks):
                 for run in self._runs:
-                    name = run.case.name
+                    name = run.name
                     mask, positions = run.case.inputs(step)
-                    hidden[name], pasts[name, block_id] = self._session.block(
+                    hidden[name], pasts[name, block_id] = run.mode.session.block(
                         block_id, hidden[name], mask, positions, pasts[name, block_id]
                     )
                 self._advance(f"generate {names.block_name(block_id)}")
             for run in self._runs:
-                outputs = self._session.head(hidden[run.case.name])
+                outputs = run.mode.session.head(hidden[run.name])
                 if names.LOGITS in outputs:
                     run.logits.append(outputs[names.LOGITS])
                 run.tokens.append(self._token(run, outputs))
             self._advance(f"generate {names.HEAD}")
-        self._session.release()  # the reference's blocks come next, and are as large
+        self._release()  # the reference's blocks come next, and are as large
 
-    def _token(self, run: Run, outputs: Mapping[str, Array]) -> Array:
+    def _token(self, run: ModeRun, outputs: Mapping[str, Array]) -> Array:
         """The greedy ids int64 [batch]; raises BundleError for what cannot be one."""
         token = outputs.get(names.TOKEN_ID)
         if token is None:
             token = outputs[names.LOGITS].argmax(-1)
         vocab, batch = self._bundle.config.vocab_size, run.case.batch
         if token.shape != (batch,) or token.dtype != np.int64 or not ((token >= 0) & (token < vocab)).all():
+            file = names.graph_file(names.HEAD, self._bundle.runtime)
             raise BundleError(
-                f"{names.graph_file(names.HEAD)} gave the token {token.tolist()!r:.80}, expected {batch} ids from 0 to "
-                f"{vocab - 1}."
+                f"{file} gave the token {token.tolist()!r:.80}, expected {batch} ids from 0 to {vocab - 1}."
             )
         return token
 
@@ -180,11 +198,12 @@ class _Comparison:
             worst = Worst()
             for step in range(self._steps + 1):
                 expected = self._reference.embed(run.input_ids(step))
-                found = self._session.embed(run.input_ids(step))
+                found = run.mode.session.embed(run.input_ids(step))
                 worst.add(found, expected.numpy(), self._dtype)
                 run.hidden.append(expected)
                 run.half.append(torch.from_numpy(found))
-            self._add_row(names.EMBEDDING, run.case.name, worst)
+            if run.mode is self._modes[0]:  # rows are looked up in the same way in each
+                self._add_row(names.EMBEDDING, run, worst)
         self._report.rows.extend(self._weights.embedding())
         self._advance(f"compare {names.EMBEDDING}")
 
@@ -203,39 +222,66 @@ class _Comparison:
             return self._reference.module(path, self._weights.as_stored(graph, weights))
 
         probe = OverflowProbe(self._bundle, graph) if self._stress else None
+        as_stored = Worst() if self._forms[graph] != "float32" and any(mode.exact for mode in self._modes) else None
         for run in self._runs:
-            worst, seen = self._run_block(block_id, block, run)
+            held = as_stored if run.mode.exact else None
+            worst, seen = self._run_block(
+                block_id, block, run, partial(self._hold, held, stored_block) if held else None
+            )
             inherent = partial(self._inherent, block_id, stored_block, seen)
-            self._add_row(graph, run.case.name, worst, inherent=inherent if trusted else None)
+            self._add_row(graph, run, worst, inherent=inherent if trusted else None)
             if probe is not None:
                 probe.run(feeds(seen[0][0], "float32"))
                 probe.run(feeds(seen[-1][0], "float32"))
+        self._add_as_stored(graph, as_stored)
         self._report.rows.extend(stored)
         if self._stress is not None and probe is not None:
             probe.run(feeds(self._stress.through(block_id, block), "float32"))
             self._add_peak(graph, probe.peak)
             self._chain_half(block_id, stored_block())
-        self._session.release()
+        self._release()
         self._advance(f"compare {graph}")
 
     def _run_block(
-        self, block_id: int, block: torch.nn.Module, run: Run
+        self, block_id: int, block: torch.nn.Module, run: ModeRun, also: OneMore | None = None
     ) -> tuple[Worst, list[tuple[BlockInputs, BlockOutputs]]]:
         """One block's graph and reference on one case: how far they are apart, and what the reference took and gave.
 
-        The run's hidden states go on to the reference's outputs.
+        The run's hidden states go on to the reference's outputs. also: called with what the graph took and gave.
         """
-        worst, past = Worst(), torch.from_numpy(self._session.empty_past(run.case.batch)).float()
+        worst, past = Worst(), torch.from_numpy(run.mode.session.empty_past(run.case.batch)).float()
         seen: list[tuple[BlockInputs, BlockOutputs]] = []
         for step in range(self._steps + 1):
             inputs = run.inputs(step, run.hidden[step], past)
-            found = self._session.block(block_id, *feeds(inputs, self._dtype).values())
+            found = run.mode.session.block(block_id, *feeds(inputs, self._dtype).values())
             expected = self._checkpoint.patch.run_reference_block(block, block_id, *inputs)
             for ours, theirs in zip(found, expected, strict=True):
                 worst.add(ours, theirs.numpy(), self._dtype)
+            if also is not None:
+                also(block_id, inputs, found)
             seen.append((inputs, expected))
             run.hidden[step], past = expected[0], expected[1].contiguous()
         return worst, seen
+
+    def _hold(
+        self,
+        worst: Worst,
+        stored_block: Callable[[], torch.nn.Module],
+        block_id: int,
+        inputs: BlockInputs,
+        found: tuple[Array, Array],
+    ) -> None:
+        """Hold what a graph gave to the reference with the weights that the graph has."""
+        expected = self._checkpoint.patch.run_reference_block(stored_block(), block_id, *inputs)
+        for ours, theirs in zip(found, expected, strict=True):
+            worst.add(ours, theirs.numpy())
+
+    def _add_as_stored(self, graph: str, worst: Worst | None) -> None:
+        """A row for the graph against the reference with exactly its weights, whatever their form is."""
+        if worst is not None:
+            passed = TOLERANCES["float32"].allows(worst.absolute, worst.relative, worst.norm)
+            detail = "against the reference with these very weights"
+            self._report.rows.append(Row(graph, "as stored", passed, worst.absolute, worst.relative, detail))
 
     def _inherent(
         self,
@@ -255,7 +301,7 @@ class _Comparison:
     def _chain_half(self, block_id: int, block: torch.nn.Module) -> None:
         """Take every case's float16 states through one block of the reference in float16."""
         for run in self._runs:
-            past = torch.from_numpy(self._session.empty_past(run.case.batch))
+            past = torch.from_numpy(run.mode.session.empty_past(run.case.batch))
             for step in range(self._steps + 1):
                 inputs = run.inputs(step, run.half[step], past)
                 run.half[step], past = self._checkpoint.patch.run_reference_block(block, block_id, *inputs)
@@ -266,36 +312,64 @@ class _Comparison:
         final_norm = self._reference.module(path, weights)
         logits = self._logits(final_norm, lambda run, step: run.hidden[step])
         in_half = self._half_errors(weights, logits) if self._dtype == FLOAT16 else None
+        of_stored = self._stored_logits(final_norm)
+        as_stored = Worst() if of_stored else None
         chains = []
         for run in self._runs:
             head, chain = Worst(), NextTokens()
-            for step, expected in enumerate(logits[run.case.name]):
-                outputs = self._session.head(as_array(run.hidden[step], self._dtype))
+            for step, expected in enumerate(logits[run.name]):
+                outputs = run.mode.session.head(as_array(run.hidden[step], self._dtype))
                 if names.LOGITS in outputs:
                     head.add(outputs[names.LOGITS], expected, self._dtype)
+                if as_stored is not None and run.name in of_stored:
+                    theirs = of_stored[run.name][step]
+                    if names.LOGITS in outputs:
+                        as_stored.add(outputs[names.LOGITS], theirs)
+                    else:
+                        as_stored.add(margin(theirs, self._token(run, outputs)), np.zeros(run.case.batch, np.float32))
                 if names.TOKEN_ID in outputs and self._forms[names.HEAD] == "float32":
                     missed = margin(expected, self._token(run, outputs))
                     head.add(missed, np.zeros(run.case.batch, np.float32))
                 chain.add(expected, run.tokens[step], run.logits[step] if run.logits else None, self._dtype)
-            alone = partial(float, in_half.head[run.case.name].norm) if in_half else None
-            self._add_row(names.HEAD, run.case.name, head, inherent=alone)
+            alone = partial(float, in_half.head[run.name].norm) if in_half else None
+            self._add_row(names.HEAD, run, head, inherent=alone)
             chains.append(chain)
-        self._session.release()
+        self._add_as_stored(names.HEAD, as_stored)
+        self._release()
         self._report.rows.extend(self._weights.head(weights))
         if in_half:
             self._add_peak(names.HEAD, self._head_peak(final_norm, logits))
             self._report.rows.append(peak_row("all", self._peak))
-        self._add_chains(chains, in_half)
+        for mode in self._modes:
+            of_all = zip(self._runs, chains, strict=True)
+            self._add_chains(mode, [(run, chain) for run, chain in of_all if run.mode is mode], in_half)
         self._advance(f"compare {names.HEAD}")
 
     def _logits(
-        self, final_norm: torch.nn.Module, states: Callable[[Run, int], torch.Tensor]
+        self, final_norm: torch.nn.Module, states: Callable[[ModeRun, int], torch.Tensor]
     ) -> dict[str, list[Array]]:
-        """Case -> float32 logits [batch, vocab] of each step, of states [seq, batch, hidden], for all at once."""
-        last = [states(run, step)[-1] for run in self._runs for step in range(self._steps + 1)]
-        rows = self._reference.logits(final_norm(torch.cat(last))).numpy()
+        """Run -> float32 logits [batch, vocab] of each step, of states [seq, batch, hidden], for all at once."""
+        return self._split_logits(self._runs, states, lambda last: self._reference.logits(final_norm(last)))
+
+    def _stored_logits(self, final_norm: torch.nn.Module) -> dict[str, list[Array]]:
+        """The same of a head as MNN has it stored, for the runs that are held to that."""
+        runs, stored = [run for run in self._runs if run.mode.exact], self._weights
+        if not runs or not isinstance(stored, MnnStoredWeights) or self._forms[names.HEAD] == "float32":
+            return {}
+        return self._split_logits(
+            runs, lambda run, step: run.hidden[step], lambda last: stored.logits(final_norm(last))
+        )
+
+    def _split_logits(
+        self,
+        runs: Sequence[ModeRun],
+        states: Callable[[ModeRun, int], torch.Tensor],
+        logits: Callable[[torch.Tensor], torch.Tensor],
+    ) -> dict[str, list[Array]]:
+        last = [states(run, step)[-1] for run in runs for step in range(self._steps + 1)]
+        rows = logits(torch.cat(last)).numpy()
         parts = iter(np.split(rows, np.cumsum([len(part) for part in last])[:-1]))
-        return {run.case.name: [next(parts) for _ in range(self._steps + 1)] for run in self._runs}
+        return {run.name: [next(parts) for _ in range(self._steps + 1)] for run in runs}
 
     def _half_errors(self, weights: Mapping[str, torch.Tensor], logits: dict[str, list[Array]]) -> HalfErrors:
         """What float16 does to the reference's own logits."""
@@ -303,33 +377,34 @@ class _Comparison:
         alone = self._logits(norm, lambda run, step: run.hidden[step].half())
         return half_errors(logits, alone, self._logits(norm, lambda run, step: run.half[step]))
 
-    def _add_chains(self, chains: list[NextTokens], in_half: HalfErrors | None) -> None:
+    def _add_chains(self, mode: Mode, chains: list[tuple[ModeRun, NextTokens]], in_half: HalfErrors | None) -> None:
         """A row for each case, and where tokens may differ one for all cases: few steps tell little of them."""
-        budget, whole = CHAIN_BUDGETS.get(self._chain_form), NextTokens()
-        for run, chain in zip(self._runs, chains, strict=True):
+        budget, whole = mode.budgets.get(self._chain_form), NextTokens()
+        for run, chain in chains:
             tokens, worst = f"{chain.same}/{chain.count} greedy tokens", chain.worst
             if in_half is not None:
-                alone = partial(float, in_half.chain[run.case.name].worst.norm)
-                self._add_row("chain", run.case.name, worst, tokens, inherent=alone)
+                alone = partial(float, in_half.chain[run.name].worst.norm)
+                self._add_row("chain", run, worst, tokens, inherent=alone)
             elif budget is None:
-                self._add_row("chain", run.case.name, worst, tokens, chain.same == chain.count)
+                self._add_row("chain", run, worst, tokens, chain.same == chain.count)
             else:
                 passed = worst.norm <= budget.logits
-                self._report.rows.append(Row("chain", run.case.name, passed, worst.absolute, worst.norm, tokens))
+                self._report.rows.append(Row("chain", run.name, passed, worst.absolute, worst.norm, tokens))
             whole.merge(chain)
         if budget is not None:
             if in_half is not None:
                 budget = budget.or_near(in_half.whole.share, in_half.whole.divergence)
             passed = whole.share >= budget.greedy and whole.divergence <= budget.divergence
             detail = f"KL divergence {whole.divergence:.2e} nats, {whole.share:.0%} of greedy tokens"
-            self._report.rows.append(Row("chain", "next token", passed, detail=detail))
-        self._report.greedy = (whole.same, whole.count)
+            self._report.rows.append(Row("chain", f"next token{mode.label}", passed, detail=detail))
+        same, count = self._report.greedy
+        self._report.greedy = (same + whole.same, count + whole.count)
 
     def _head_peak(self, final_norm: torch.nn.Module, logits: dict[str, list[Array]]) -> Peak:
         """Of the final norm and of the logits, which is all that the head holds."""
         peak = Peak()
         for run in self._runs:
-            for states, found in zip(run.hidden, logits[run.case.name], strict=True):
+            for states, found in zip(run.hidden, logits[run.name], strict=True):
                 peak = peak.then(Peak(float(final_norm(states[-1]).abs().max()), "the final norm"))
                 peak = peak.then(Peak(float(np.abs(found).max()), "the logits"))
         return peak
@@ -341,7 +416,7 @@ class _Comparison:
     def _add_row(
         self,
         graph: str,
-        case: str,
+        run: ModeRun,
         worst: Worst,
         detail: str = "",
         also: bool = True,
@@ -350,11 +425,11 @@ class _Comparison:
         if not worst.reference_is_finite:
             detail = f"{detail}, " * bool(detail) + "the reference's own numbers are not finite: look at its weights"
         form, is_half = self._forms.get(graph, self._dtype), self._dtype == FLOAT16
-        passed = also and TOLERANCES[form].allows(worst.absolute, worst.relative, worst.norm)
+        passed = also and run.mode.tolerances[form].allows(worst.absolute, worst.relative, worst.norm)
         if also and inherent is not None and form != "float32" and (is_half or not passed):
             alone = inherent()
             passed = passed or worst.norm <= alone * (HALF_SLACK if is_half else INHERENT_SLACK)
             what = "float16" if is_half else "the stored weights"
             detail = f"{detail}, " * bool(detail) + f"{what} alone gives {alone:.2e} in the reference"
         relative = worst.relative if form == "float32" else worst.norm
-        self._report.rows.append(Row(graph, case, passed, worst.absolute, relative, detail))
+        self._report.rows.append(Row(graph, run.name, passed, worst.absolute, relative, detail))

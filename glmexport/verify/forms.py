@@ -4,8 +4,15 @@ from __future__ import annotations
 
 from glmexport import names
 from glmexport.bundle import Bundle
-from glmexport.form import GRAPH, RAW
+from glmexport.form import GRAPH, RAW, SHARED
 from glmexport.verify.tolerances import FORMS
+
+FLOAT_BITS = 16
+"""Matrices of a bundle for MNN have their bits said whether they are integers or not; floats have these or more."""
+
+
+def _form_of(bits: int) -> str:
+    return f"float{bits}" if bits >= FLOAT_BITS else f"int{bits}"
 
 
 def graph_forms(bundle: Bundle) -> dict[str, str]:
@@ -13,9 +20,11 @@ def graph_forms(bundle: Bundle) -> dict[str, str]:
     forms = {}
     for entry in bundle.graphs:
         bits = [record["bits"] for record in entry["matrices"].values()]
-        forms[entry["name"]] = f"int{min(bits)}" if bits else bundle.form.dtype
+        forms[entry["name"]] = _form_of(min(bits)) if bits else bundle.form.dtype
     embedding = bundle.form.embedding
-    if embedding.kind == RAW:
+    if bundle.runtime == names.MNN and bundle.manifest["mnn"]["source"].get("embedding") == SHARED:
+        forms[names.EMBEDDING] = f"int{bundle.manifest['mnn']['source'].get('head_bits')}"
+    elif embedding.kind == RAW:
         forms[names.EMBEDDING] = max(embedding.dtype, bundle.form.dtype, key=FORMS.index)
     elif embedding.kind != GRAPH:
         forms[names.EMBEDDING] = forms[names.HEAD]

@@ -13,14 +13,14 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
-from glmexport.affine import Doubles, Floats
+from glmexport.affine import Affine, Doubles, Floats
 from glmexport.compiled import Kernel
-from glmexport.quantized_rows import QuantizedRows
 
 BAND_BYTES = 1 << 22
 SLACK = 1.001
@@ -49,7 +49,21 @@ class Finding:
     cosine: float
 
 
-def check_matrix(stored: QuantizedRows, rows: Callable[[int, int], torch.Tensor]) -> Finding:
+class Stored(Protocol):
+    """A quantized matrix that rows can be read of, whatever file it lies in."""
+
+    @property
+    def affine(self) -> Affine: ...
+    @property
+    def outputs(self) -> int: ...
+    @property
+    def inputs(self) -> int: ...
+    def rows(self, ids: npt.NDArray[np.int64], /) -> Floats:
+        """Float32 rows [len(ids), inputs]."""
+        ...
+
+
+def check_matrix(stored: Stored, rows: Callable[[int, int], torch.Tensor]) -> Finding:
     """Compare a stored matrix with the checkpoint's float32 rows `rows(start, stop)` [stop - start, in]."""
     affine, width = stored.affine, stored.inputs
     group = width if affine.per_channel else affine.block_size(width)

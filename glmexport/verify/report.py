@@ -57,9 +57,13 @@ class Report:
                 held = worst.setdefault(row.graph, row)
                 if row.max_abs_error > (held.max_abs_error or 0.0):
                     worst[row.graph] = row
-        whole = (("all", "files"), ("all", "overflow"), ("chain", "next token"))
+        whole = ("files", "overflow", "next token")
         return [
-            row for row in self.rows if not row.passed or worst.get(row.graph) is row or (row.graph, row.case) in whole
+            row
+            for row in self.rows
+            if not row.passed
+            or worst.get(row.graph) is row
+            or (row.graph in ("all", "chain") and row.case.startswith(whole))
         ]
 
     def as_json(self) -> dict[str, Any]:

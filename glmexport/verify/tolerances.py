@@ -85,6 +85,40 @@ CHAIN_BUDGETS = {
 }
 """Measured on seeded random models, whose logits are no sharper for being right: a trained model keeps more tokens."""
 
+_LOW = {
+    "int8": Tolerance(
+        0.0,
+        0.0,
+        0.04,
+        "the weights' own 0.3 to 1 %, and activations rounded to 8 bits before each product, a row at a time: as much "
+        "again, more where one activation of a row is far larger than the others",
+    ),
+    "int4": Tolerance(0.0, 0.0, 0.25, "the weights' own 4 to 16 %, and activations rounded to 8 bits"),
+}
+MNN_TOLERANCES = {
+    "normal": {
+        **TOLERANCES,
+        "float16": Tolerance(
+            1e-4,
+            1e-5,
+            2e-3,
+            "weights rounded to 11 significant bits, 0.02 % off in every product; float32's own where nothing is lost",
+        ),
+    },
+    "low": {**TOLERANCES, "float16": Tolerance(1e-4, 1e-5, 2e-3, "as in normal mode: only integers differ"), **_LOW},
+}
+"""The same for MNN, by memory mode. Normal mode makes float32 of the weights when it opens them, so that their error is
+all there is; low mode keeps integers and rounds activations."""
+
+MNN_CHAIN_BUDGETS = {
+    "normal": CHAIN_BUDGETS,
+    "low": {
+        **CHAIN_BUDGETS,
+        "int8": ChainBudget(0.12, 0.1, 0.7, "weights and activations both off by some 1 % in every block"),
+        "int4": ChainBudget(0.45, 1.2, 0.3, "as of the weights alone, and activations off by some 1 %"),
+    },
+}
+
 HALF_SLACK = 2.0
 """A graph that computes in float16, and a chain of them, passes where it is no further off than so many times the
 unpatched reference in float16, on the same inputs: the same roundings in another order, or in other places. That is
