@@ -35,7 +35,7 @@ unit: $(STAMP)  ## the fast tests
 slow: $(STAMP)  ## the tests that take longer
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m slow
 
-pipeline: $(STAMP)  ## split and verify CHECKPOINT=… into OUT=… (default: the example), then the same in int4
+pipeline: $(STAMP)  ## split and verify CHECKPOINT=… into OUT=… (default: the example), then the same in int4 and for MNN
 	$(BIN)/glmexport inspect $(CHECKPOINT)
 	$(BIN)/glmexport split $(CHECKPOINT) -o $(OUT) --force
 	$(BIN)/glmexport verify $(OUT) $(CHECKPOINT) --json $(OUT).json
@@ -43,6 +43,8 @@ pipeline: $(STAMP)  ## split and verify CHECKPOINT=… into OUT=… (default: th
 	$(BIN)/glmexport embed $(OUT)-slim -o $(OUT)-bf16 --force
 	$(BIN)/glmexport quantize $(OUT)-bf16 -o $(OUT)-int4 --bits 4 --force
 	$(BIN)/glmexport verify $(OUT)-int4 $(CHECKPOINT) --json $(OUT)-int4.json
+	$(BIN)/glmexport convert mnn $(OUT)-int4 -o $(OUT)-mnn --force
+	$(BIN)/glmexport verify $(OUT)-mnn $(CHECKPOINT) --json $(OUT)-mnn.json
 
 demo: $(STAMP)  ## the example that answers: export, verify, float16, slim, bf16, int8, int4, a table of how each answers, and a chat
 	$(BIN)/glmexport split $(TINY) -o out/demo/float32 --force

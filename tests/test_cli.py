@@ -101,7 +101,7 @@ def test_import_and_help_are_quick_and_load_no_torch():
 
 
 @pytest.mark.parametrize(
-    "command", [[], *([name] for name in COMMANDS)], ids=lambda command: " ".join(command) or "main"
+    "command", [[], *([name] for name in COMMANDS), ["convert", "mnn"]], ids=lambda command: " ".join(command) or "main"
 )
 def test_every_help_shows_an_example(command):
     result = CliRunner().invoke(cli, [*command, "--help"])

@@ -381,7 +381,7 @@ def test_another_error_of_a_link_is_told(bundle, tmp_path, monkeypatch):
 
 def test_a_file_that_changes_while_it_is_copied(copy, tmp_path, monkeypatch):
     """After it was hashed and before it was read again."""
-    monkeypatch.setattr("glmexport.derive._demand_intact", lambda *_: changed_byte(copy))
+    monkeypatch.setattr("glmexport.derive.demand_intact", lambda *_: changed_byte(copy))
     with pytest.raises(BundleError, match=r"glm_block_1\.onnx\.data was changed while it was copied; start again"):
         derived(copy, tmp_path / "out", BF16, copy=True)
     assert [path.name for path in tmp_path.iterdir()] == ["source"]

@@ -19,6 +19,8 @@ LAYERS = (
         *("compiled", "config", "export_ops", "hub", "onnx_files", "tools", "untrusted", "vocabulary"),
         *(
             "affine",
+            "convert.mnn_tool",
+            "mnn_module",
             "sampling",
             "sentencepiece_model",
             "sizes",
@@ -31,30 +33,36 @@ LAYERS = (
     ),
     (
         *("interface", "patch", "prompt", "weight_files", "models.chatglm_6b", "passes.wide_activations"),
-        *("placement", "quantize_kernels", "recipe", "tensors", "tokenizer"),
+        *("placement", "quantize_kernels", "recipe", "tensors", "tokenizer", "convert.mnn_matrix", "verify.matrices"),
         *("mnn_llm.sentencepiece_facts", "mnn_llm.stored_weights"),
     ),
     (
-        *("form", "graph_lint", "graphs", "trace", "weights", "quantized_rows", "verify.cases", "patches"),
-        *("mnn_llm.engine_graph", "mnn_llm.tokenizer_file"),
+        *("convert.mnn_file", "form", "graph_lint", "graphs", "trace", "weights", "quantized_rows", "verify.cases"),
+        *("patches", "mnn_llm.engine_graph", "mnn_llm.tokenizer_file"),
     ),
     (
-        *("bundle", "checkpoint", "equivalence", "quantized", "raw_rows", "stamping", "verify.matrices", "verify.runs"),
+        *("bundle", "checkpoint", "equivalence", "quantized", "raw_rows", "stamping", "verify.runs"),
         "mnn_llm.chat_template",
     ),
     (
         "bundle_tokenizer",
         "inventory",
         "journal",
+        "mnn_session",
         "quantize_report",
         "stored",
         "verify.forms",
         "verify.reference",
         *("mnn_llm.engine_config", "mnn_llm.weight_writer"),
     ),
-    ("bundle_writer", "doctor", "draft", "embedding_rows", "graph_pool", "verify.stored_weights"),
+    (
+        *("bundle_writer", "convert.plain_graph", "doctor", "draft", "embedding_rows"),
+        *("graph_pool", "verify.stored_weights"),
+    ),
     (
         "checkpoint_draft",
+        "convert.mnn_embedding",
+        "convert.mnn_sources",
         "draft_writer",
         "passes",
         "session",
@@ -63,30 +71,38 @@ LAYERS = (
         "passes.slim_vocab",
         "mnn_llm.source",
     ),
-    ("derive", "generation", "lifting", "splitter", "verify.overflow", "verify.structure", "mnn_llm.following"),
     (
-        *("conversation", "evaluation", "passes.quantize_weights"),
+        *("convert.mnn_graph", "derive", "generation", "lifting", "splitter", "verify.modes", "verify.overflow"),
+        *("verify.structure", "mnn_llm.following"),
+    ),
+    (
+        *("conversation", "convert.mnn_check", "evaluation", "passes.quantize_weights", "verify.mnn_weights"),
         *("mnn_llm.check", "mnn_llm.inputs", "mnn_llm.position_probe"),
     ),
     ("api", "passes.choose_bits", "verify.expected", "mnn_llm.package"),
-    ("verify.check",),
+    ("convert.mnn", "verify.check"),
     ("verify",),
     ("cli.interrupt",),
     ("cli.output",),
     ("cli.derived", "cli.doctor", "cli.pass_options", "cli.run_options", "cli.inspect", "cli.package", "cli.patches"),
-    ("cli.chat", "cli.embed", "cli.evaluate", "cli.generate", "cli.quantize", "cli.slim", "cli.tokenize", "cli.verify"),
+    (
+        "cli.chat",
+        "cli.convert",
+        "cli.embed",
+        "cli.evaluate",
+        "cli.generate",
+        "cli.quantize",
+        "cli.slim",
+        "cli.tokenize",
+        "cli.verify",
+    ),
     ("cli.split",),
     ("cli.main",),
     ("__main__",),
 )
 """Bottom first. A command is a file by itself; `split` shows the reports of `verify` and `quantize`."""
 
-FREE = (
-    "",
-    "models",
-    "cli",
-    "mnn_llm",
-)  # packages that hold nothing but their docstring and version; anybody may import them
+FREE = ("", "models", "cli", "convert", "mnn_llm")  # a docstring and the version at most; anybody may import them
 LAYER_OF = {name: number for number, layer in enumerate(LAYERS) for name in layer}
 PATCHES_MAY = ("config", "errors", "export_ops", "interface", "names", "onnx_files", "patch", "models.chatglm_6b")
 WITHOUT_TORCH = (
@@ -102,6 +118,7 @@ WITHOUT_TORCH = (
         "passes.choose_bits",
     ),
     *("bundle_tokenizer", "placement", "graph_pool", "sampling", "generation", "chat", "conversation", "evaluation"),
+    *("convert.mnn", "convert.mnn_check", "convert.mnn_tool", "mnn_module", "mnn_session", "cli.convert"),
     *("api", "doctor", "machine", "cli.generate", "cli.chat", "cli.doctor", "cli.evaluate", "cli.tokenize"),
 )
 FILES = sorted([*ROOT.glob("glmexport/**/*.py"), *ROOT.glob("patches/*.py")])

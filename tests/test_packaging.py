@@ -53,7 +53,8 @@ def test_patches_lie_where_the_project_says():
 
 
 def test_what_the_code_imports_is_declared(project):
-    extras = project["project"]["optional-dependencies"]["plot"]
+    optional = project["project"]["optional-dependencies"]
+    extras = [*optional["plot"], *optional["mnn"]]
     declared = {
         re.match(r"[\w-]+", line).group().replace("-", "_") for line in [*project["project"]["dependencies"], *extras]
     }

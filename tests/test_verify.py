@@ -123,7 +123,7 @@ def test_the_report_is_plain_json(check, small_bundle):
 
 def test_a_model_that_does_not_stay_in_memory(check, small_bundle, monkeypatch):
     """With room for a single graph the same numbers come out."""
-    monkeypatch.setattr("glmexport.verify.check.MEMORY_LIMIT", 1)
+    monkeypatch.setattr("glmexport.verify.modes.MEMORY_LIMIT", 1)
     opened: list[str] = []
     load = GraphPool._load
 
