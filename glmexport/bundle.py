@@ -83,16 +83,33 @@ class Bundle:
         return str(self.manifest["argmax"])
 
     @property
+    def flavors(self) -> tuple[str, ...]:
+        """Of its graphs, of `names.FLAVORS` and in their order."""
+        return self.form.flavors
+
+    def flavored(self, entry: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+        """Flavor -> what an entry of `graphs` says of the graph in it: file, data, inputs, outputs, operators."""
+        return _flavored(entry, self.form)
+
+    @property
     def graph_sizes(self) -> dict[str, int]:
-        """Bytes of every graph with its data, in the order of the data."""
-        return {
-            entry["name"]: self.files[entry["file"]].bytes + self.files[entry["data"]].bytes for entry in self.graphs
-        }
+        """Bytes of every graph of the first flavor with its data, in the order of the data."""
+        return self.sizes_of(self.flavors[0])
+
+    def sizes_of(self, flavor: str) -> dict[str, int]:
+        """The same of another flavor."""
+        entries = {entry["name"]: self.flavored(entry)[flavor] for entry in self.graphs}
+        return {name: self.files[one["file"]].bytes + self.files[one["data"]].bytes for name, one in entries.items()}
 
     @property
     def total_bytes(self) -> int:
-        """Bytes of all files but the manifest."""
-        return sum(record.bytes for record in self.files.values())
+        """Bytes of all files but the manifest; what two flavors share counts once."""
+        data = names.data_file("")
+        return sum(
+            record.bytes
+            for name, record in self.files.items()
+            if not (name.endswith(data) and "/" in name and Path(name).name in self.files)
+        )
 
     @property
     def beyond_cache(self) -> bool:
@@ -128,9 +145,13 @@ class Bundle:
         """One of the bundle's files, for another bundle to share. Raises BundleError as `whole_path` does."""
         return LinkedFile(self.whole_path(name), self.files[name])
 
-    def graph(self, name: str) -> Mapping[str, Any]:
-        """The manifest's entry of a graph. Raises KeyError where the bundle has no such graph."""
-        return next(entry for entry in self.graphs if entry["name"] == name)
+    def graph(self, name: str, flavor: str | None = None) -> Mapping[str, Any]:
+        """The manifest's entry of a graph. Raises KeyError where the bundle has no such graph.
+
+        flavor: whose file, data, inputs, outputs and operators it has; None for the first that there is.
+        """
+        entry = next(entry for entry in self.graphs if entry["name"] == name)
+        return entry if flavor is None else {**entry, **self.flavored(entry)[flavor]}
 
 
 def looks_like_bundle(directory: Path) -> bool:
@@ -166,10 +187,11 @@ def open_bundle(directory: Path) -> Bundle:
     except OSError as error:
         raise BundleError(f"{path} could not be read ({error.strerror}); copy the bundle again.") from error
     for name in files:
-        plain = Path(name).name == name and name.isprintable() and 0 < len(name) < MAX_NAME
-        if not plain or name in (".", "..", names.MANIFEST):
+        plain = Path(name).name if name != names.in_flavor(Path(name).name, names.ORT) else name
+        if plain != name or not name.isprintable() or len(name) >= MAX_NAME or plain in ("", ".", "..", names.MANIFEST):
             raise BundleError(f"{path} lists the file {name!r:.80}, expected plain names of files beside the manifest.")
-    unlisted = sorted({graph[key] for graph in graphs for key in ("file", "data")} - set(files))
+    flavored = [one for graph in graphs for one in _flavored(graph, form).values()]
+    unlisted = sorted({one[key] for one in flavored for key in ("file", "data")} - set(files))
     if unlisted:
         raise BundleError(f"{path} has graphs in files that it does not list: {', '.join(unlisted)}; split again.")
     has_embedding = form.embedding.kind == GRAPH
@@ -178,7 +200,7 @@ def open_bundle(directory: Path) -> Bundle:
     expected_names = names.graph_names(config.num_blocks, has_embedding) if len(graphs) == expected else ()
     runtime = _runtime_of(manifest)
     if not expected_names or not all(
-        _is_graph(entry, name, runtime) for entry, name in zip(graphs, expected_names, strict=True)
+        _is_graph(entry, name, runtime, form) for entry, name in zip(graphs, expected_names, strict=True)
     ):
         raise BundleError(
             f"{path} lists {len(graphs)} graphs, expected {f'{names.EMBEDDING}, ' * has_embedding}{config.num_blocks} "
@@ -229,17 +251,21 @@ def _parts_of(manifest: Any) -> tuple[ModelConfig, Form, tuple[dict[str, Any], .
     complaints = implausible_sizes(config)
     if complaints:
         raise ValueError(f"the model has {', '.join(complaints)}")
+    form = form_from_json(manifest)
+    if runtime == names.MNN and form.flavors != (names.PORTABLE,):
+        raise ValueError("a bundle for MNN has no other flavors")
     for graph in manifest["graphs"]:
-        _demand(graph, name=str, kind=str, file=str, data=str, weights=str, parameters=int, inputs=list, outputs=list)
-        _demand(graph, transposed=list, matrices=dict)
+        _demand(graph, name=str, kind=str, weights=str, parameters=int, transposed=list, matrices=dict)
         for record in graph["matrices"].values():
             _demand_matrix(record) if runtime == names.ONNX else _demand_mnn_matrix(record)
         if not all(isinstance(name, str) for name in graph["transposed"]):
             raise TypeError("transposed holds something else than names")
         if not 0 <= graph["parameters"] < MAX_COUNT or not graph["weights"].isprintable():
             raise ValueError(f"{graph['name']!r:.80} has parameters or weights that no graph has")
-        for tensor in (*graph["inputs"], *graph["outputs"]):
-            _demand(tensor, name=str, dtype=str, shape=list)
+        for one in _flavored(graph, form).values():
+            _demand(one, file=str, data=str, inputs=list, outputs=list)
+            for tensor in (*one["inputs"], *one["outputs"]):
+                _demand(tensor, name=str, dtype=str, shape=list)
     for entry in manifest["files"].values():
         _demand(entry, bytes=int, sha256=str)
         if not 0 <= entry["bytes"] < MAX_COUNT:
@@ -247,7 +273,6 @@ def _parts_of(manifest: Any) -> tuple[ModelConfig, Form, tuple[dict[str, Any], .
     if not manifest["architecture"].isprintable() or not 0 < config.layernorm_epsilon < 1:
         raise ValueError("the architecture or the layernorm epsilon is none")
     files = {name: FileRecord(entry["bytes"], entry["sha256"]) for name, entry in manifest["files"].items()}
-    form = form_from_json(manifest)
     if form.slim is not None and form.slim.vocabulary.size != config.vocab_size:
         raise ValueError(f"the vocabulary keeps {form.slim.vocabulary.size} rows and the model has {config.vocab_size}")
     return config, form, tuple(manifest["graphs"]), files
@@ -268,9 +293,18 @@ def _demand_matrix(record: Any) -> None:
         raise ValueError(str(error)) from error
 
 
-def _is_graph(entry: Mapping[str, Any], name: str, runtime: str) -> bool:
+def _flavored(entry: Mapping[str, Any], form: Form) -> dict[str, Mapping[str, Any]]:
+    """What the first flavor has is the entry's own; of another it is under its name."""
+    first, *others = form.flavors
+    return {first: entry, **{flavor: entry[flavor] for flavor in others}}
+
+
+def _is_graph(entry: Mapping[str, Any], name: str, runtime: str, form: Form) -> bool:
     files = names.graph_file(name, runtime), names.data_file(name, runtime)
-    return (entry["name"], entry["file"], entry["data"]) == (name, *files)
+    return entry["name"] == name and all(
+        (one["file"], one["data"]) == tuple(names.in_flavor(file, flavor) for file in files)
+        for flavor, one in _flavored(entry, form).items()
+    )
 
 
 def _runtime_of(manifest: Mapping[str, Any]) -> str:
@@ -283,6 +317,16 @@ def demand_onnx(bundle: Bundle) -> None:
         raise BundleError(
             f"{bundle.directory} is for {bundle.runtime.upper()} and holds no ONNX graphs, which this needs; give the "
             "bundle that it was converted from."
+        )
+
+
+def demand_portable(bundle: Bundle) -> None:
+    """Raise BundleError for a bundle without ONNX graphs that any runtime runs."""
+    demand_onnx(bundle)
+    if names.PORTABLE not in bundle.flavors:
+        raise BundleError(
+            f"{bundle.directory} has graphs of the flavor {' and '.join(bundle.flavors)} alone, and this needs "
+            f"{names.PORTABLE} ones; split with --flavor both."
         )
 
 
@@ -321,18 +365,45 @@ def check_files(bundle: Bundle) -> Iterator[tuple[str, str | None]]:
         yield names.MANIFEST, None if whole else f"{names.MANIFEST} was changed: it does not have its own digest."
     except OSError as error:
         yield names.MANIFEST, f"{names.MANIFEST} could not be read: {error.strerror}."
+    whole_files: set[tuple[int, int, FileRecord]] = set()  # flavors share their data, which is read once
     for name, record in bundle.files.items():
         try:
-            yield name, _complaint(bundle.path(name), record, bundle.beyond_cache)
+            path = bundle.path(name)
+            identity = (*_place_of(path), record)
+            complaint = None if identity in whole_files else _complaint(path, record, bundle.beyond_cache)
+            if complaint is None:
+                whole_files.add(identity)
+            yield name, complaint
         except (OSError, BundleError) as error:
             yield name, f"{name} could not be read: {error}"
     try:
-        found = sorted(entry.name for entry in bundle.directory.iterdir())
+        found = sorted(files_below(bundle.directory))
     except OSError as error:
         raise BundleError(f"{bundle.directory} could not be listed ({error.strerror}); copy it again.") from error
     for name in found:
         if name not in bundle.files and name != names.MANIFEST:
             yield name, f"{name} is not in the manifest."
+
+
+def files_below(directory: Path) -> Iterator[str]:
+    """Names of all that lies in a directory, and in folders that a bundle has, as a manifest lists them.
+
+    Raises OSError.
+    """
+    for entry in directory.iterdir():
+        if entry.name == names.ORT and entry.is_dir() and not entry.is_symlink():
+            yield from (names.in_flavor(inner.name, names.ORT) for inner in entry.iterdir())
+        else:
+            yield entry.name
+
+
+def _place_of(path: Path) -> tuple[int, int]:
+    """What tells a file from any other, whatever its names; (0, 0) where there is none. Raises OSError."""
+    try:
+        status = path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return 0, 0
+    return status.st_dev, status.st_ino
 
 
 def _complaint(path: Path, record: FileRecord, direct: bool) -> str | None:

@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from glmexport import names
-from glmexport.bundle import FileRecord, LinkedFile, manifest_text, sha256_of
+from glmexport.bundle import FileRecord, LinkedFile, files_below, manifest_text, sha256_of
 from glmexport.direct_file import DirectFile, page_block
 from glmexport.errors import BundleError, GlmExportError
 from glmexport.journal import JOURNAL, Finished, Journal
@@ -190,7 +190,7 @@ class BundleWriter:
             for sync in self._syncs:
                 if sync.done():
                     sync.result()  # not hours later
-            file = HashingFile(self._partial / name)
+            file = HashingFile(self._place(name))
             try:
                 yield file
                 self.files[name] = file.finish()
@@ -206,23 +206,29 @@ class BundleWriter:
             file.write(memoryview(data))
 
     def link(self, name: str, file: LinkedFile) -> None:
-        """Share a file of another bundle; where the file system cannot, copy it.
+        """Share a file of another bundle, or of this one; where the file system cannot, copy it.
 
         Raises BundleError where a copy does not have the hash that its bundle's manifest says.
         """
         with _sentences(self.output):
-            if not self._copy and _linked(file.path, self._partial / name):
+            if not self._copy and _linked(file.path, self._place(name)):
                 self.files[name] = file.record
                 return
-        with self.create(name) as copy, file.path.open("rb", buffering=0) as source:
+        with self.create(name) as sink, file.path.open("rb", buffering=0) as source:
             while data := source.read(_COPY_BYTES):
-                copy.write(memoryview(data))
+                sink.write(memoryview(data))
         if self.files[name] != file.record:
             raise BundleError(f"{file.path} was changed while it was copied; start again.")
 
     def path(self, name: str) -> Path:
         """Where a file lies until the commit."""
         return self._partial / name
+
+    def _place(self, name: str) -> Path:
+        """The same, in a folder that there is."""
+        path = self._partial / name
+        path.parent.mkdir(exist_ok=True)
+        return path
 
     def commit(self, manifest: Mapping[str, Any]) -> Path:
         """Write the manifest (the record of files is added to it) and put the bundle in its place."""
@@ -245,6 +251,8 @@ class BundleWriter:
         try:
             if self._journal is not None:
                 self._journal.remove()
+            for folder in {self._partial / Path(name).parent for name in self.files}:
+                _sync_directory(folder)
             _sync_directory(self._partial)
             if self.output.exists():
                 _remove(replaced)
@@ -298,7 +306,7 @@ def check_output(output: Path, *, force: bool) -> None:
             return
         if not force:
             raise BundleError(f"{output} exists already; choose another output, or --force to replace a bundle.")
-        foreign = sorted({entry.name for entry in output.iterdir()} - _own_files(output / names.MANIFEST))
+        foreign = sorted({*files_below(output)} - _own_files(output / names.MANIFEST))
         if foreign:
             raise BundleError(
                 f"{output} is neither empty nor a bundle alone, it holds {', '.join(foreign[:3]):.80}; --force does "
@@ -433,9 +441,9 @@ def _has_size(path: Path, size: int) -> bool:
 def _empty(directory: Path, keep: Collection[str] = ()) -> None:
     """Remove what an earlier run left, the manifest first: a directory that lost other files must not look complete."""
     (directory / names.MANIFEST).unlink(missing_ok=True)
-    for stale in directory.iterdir():
-        if stale.name not in keep:
-            stale.unlink()
+    for name in [*files_below(directory)]:
+        if name not in keep:
+            (directory / name).unlink()
 
 
 def _remove(directory: Path) -> None:

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 import onnx
 import torch
 
+from glmexport import names
 from glmexport.bundle import MAX_SMALL_BYTES
 from glmexport.checkpoint import Checkpoint
 from glmexport.config import ModelConfig
-from glmexport.draft import BundleDraft, GraphDraft, Notice, ignore_notice
+from glmexport.draft import BundleDraft, GraphDraft, MakeModel, Notice, ignore_notice
 from glmexport.errors import CheckpointError
 from glmexport.form import Form
 from glmexport.graphs import GraphPart, patched_parts, stored_transposed
+from glmexport.interface import opset_of
 from glmexport.onnx_files import Array
 from glmexport.patch import ModelPatch
 from glmexport.stamping import buffer_values, external_shapes, skeleton_for, stamped_graph
@@ -112,14 +113,17 @@ def draft_of_checkpoint(
     tied: bool,
     notice: Notice = ignore_notice,
     dtype: str = "float32",
+    flavors: tuple[str, ...] = (names.PORTABLE,),
 ) -> BundleDraft:
     """What a split of `checkpoint` writes.
 
     tied: whether head and embedding hold the same numbers (`checkpoint.heads_equal` reads both to tell).
     notice: takes sentences for the user while tensors are read. dtype: what the graphs compute in (`interface.DTYPES`).
+    flavors: of the graphs, in the order of `names.FLAVORS`; weights lie as the portable ones would have them, always.
     """
     patch, config = checkpoint.patch, checkpoint.config
     parts = patched_parts(patch, config, argmax, dtype)
+    flavored = {flavor: patched_parts(patch, config, argmax, dtype, flavor) for flavor in flavors}
     dtypes = sorted({checkpoint.weights.info(name).dtype for name in checkpoint.weights.names()})
     facts = {
         "architecture": patch.name,
@@ -136,30 +140,37 @@ def draft_of_checkpoint(
             name=part.name,
             tensors=_tensors(checkpoint, part, notice, dtype),
             parameters=sum(parameter.numel() for parameter in part.module.parameters()),
-            make_model=model_of_part(patch, config, part, argmax, opset, dtype),
+            models={
+                flavor: model_of_part(patch, config, of_flavor[place], argmax, opset_of(flavor, opset), dtype, flavor)
+                for flavor, of_flavor in flavored.items()
+            },
         )
-        for part in parts
+        for place, part in enumerate(parts)
     )
     return BundleDraft(
         facts,
         config,
-        Form(dtype=dtype),
+        Form(dtype=dtype, flavors=flavors),
         graphs,
         {path.name: read_small_file(path, MAX_SMALL_BYTES) for path in checkpoint.tokenizer_files},
     )
 
 
 def model_of_part(
-    patch: ModelPatch, config: ModelConfig, part: GraphPart, argmax: str, opset: int, dtype: str
-) -> Callable[[], onnx.ModelProto]:
+    patch: ModelPatch,
+    config: ModelConfig,
+    part: GraphPart,
+    argmax: str,
+    opset: int,
+    dtype: str,
+    flavor: str = names.PORTABLE,
+) -> MakeModel:
     """A function that traces (once for each kind of graph) and gives the graph of a part without its weights."""
-    return partial(_model_of_part, patch, config, part, argmax, opset, dtype)
 
+    def make() -> onnx.ModelProto:
+        return stamped_graph(part, skeleton_for(patch, config, part.spec.kind, argmax, opset, dtype, flavor))
 
-def _model_of_part(
-    patch: ModelPatch, config: ModelConfig, part: GraphPart, argmax: str, opset: int, dtype: str
-) -> onnx.ModelProto:
-    return stamped_graph(part, skeleton_for(patch, config, part.spec.kind, argmax, opset, dtype))
+    return make
 
 
 def _tensors(checkpoint: Checkpoint, part: GraphPart, notice: Notice, dtype: str) -> tuple[Tensor, ...]:

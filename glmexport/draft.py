@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import onnx
@@ -36,6 +37,7 @@ GRAPH_FILE_BYTES = 32 << 10
 
 Record = Callable[[], Mapping[str, Any]]
 Notice = Callable[[str], None]
+MakeModel = Callable[[], onnx.ModelProto]
 
 
 def ignore_notice(message: str) -> None:
@@ -47,35 +49,40 @@ class GraphDraft:
     """One graph to be written.
 
     tensors: stored beside the graph, in this order; those in `matrices` excepted, each is a Matrix or a small vector.
-    parameters: of the model, in this graph. make_model: the graph with its small constants and without `tensors`.
-    matrices: name of each quantized matrix -> what the manifest says of it, asked for when its tensors are written.
-    graph_link, data_link: files that hold exactly this already.
+    parameters: of the model, in this graph. models: flavor -> what makes its graph, with small constants and without
+    `tensors`, which all flavors read. matrices: name of each quantized matrix -> what the manifest says of it, asked
+    for when its tensors are written. graph_links: flavor -> file that holds exactly that already; data_link: likewise.
     """
 
     name: str
     tensors: tuple[Tensor, ...]
     parameters: int
-    make_model: Callable[[], onnx.ModelProto]
+    models: Mapping[str, MakeModel]
     matrices: Mapping[str, Record] = field(default_factory=dict)
-    graph_link: LinkedFile | None = None
+    graph_links: Mapping[str, LinkedFile] = field(default_factory=dict)
     data_link: LinkedFile | None = None
 
-    def changed(self, **changes: Any) -> GraphDraft:
-        """A draft with other contents, and so without the links."""
-        return dataclasses.replace(self, **{"graph_link": None, "data_link": None, **changes})
+    def changed(self, change: Callable[[onnx.ModelProto], onnx.ModelProto], **changes: Any) -> GraphDraft:
+        """A draft with other contents, and so without the links. change: made to the graph of every flavor."""
+        models = {flavor: _then(make, change) for flavor, make in self.models.items()}
+        return dataclasses.replace(self, **{"models": models, "graph_links": {}, "data_link": None, **changes})
 
     def graph_bytes(self) -> int:
-        """Size of the graph file, but for some digits of its offsets; makes the graph."""
+        """Size of the graph files, but for some digits of their offsets; makes the graphs."""
         places = [
             ExternalTensor(tensor.name, tensor.dtype, tensor.shape, names.data_file(self.name), 1 << 30, 1 << 30)
             for tensor in self.tensors
         ]
-        return len(with_tensors(self.make_model(), places).SerializeToString())
+        return sum(len(with_tensors(make(), places).SerializeToString()) for make in self.models.values())
 
     @property
     def data_bytes(self) -> int:
         """Size of the data file."""
         return aligned_size(stored_bytes(tensor.dtype, tensor.shape) for tensor in self.tensors)
+
+
+def _then(make: MakeModel, change: Callable[[onnx.ModelProto], onnx.ModelProto]) -> MakeModel:
+    return lambda: change(make())
 
 
 def with_tensors(model: onnx.ModelProto, places: Iterable[ExternalTensor]) -> onnx.ModelProto:
@@ -146,8 +153,9 @@ class BundleDraft:
         """File name -> bytes; graph files and the manifest are estimates. Files that will be links count too."""
         sizes: dict[str, int] = {}
         for graph in self.graphs:
-            sizes[names.graph_file(graph.name)] = GRAPH_FILE_BYTES
-            sizes[names.data_file(graph.name)] = graph.data_bytes
+            for flavor in graph.models:
+                sizes[names.in_flavor(names.graph_file(graph.name), flavor)] = GRAPH_FILE_BYTES
+                sizes[names.in_flavor(names.data_file(graph.name), flavor)] = graph.data_bytes
         for name, content in self.files.items():
             sizes[name] = _size(content)
         sizes[names.MANIFEST] = 3072 * (len(self.graphs) + 1)
@@ -166,24 +174,33 @@ class BundleDraft:
         }
 
 
-def graph_entry(draft: BundleDraft, graph: GraphDraft, model: onnx.ModelProto) -> dict[str, Any]:
-    """What the manifest says of a graph."""
-    spec = graph_spec(graph.name, draft.config, draft.argmax, draft.form.dtype)
-    entry: dict[str, Any] = {"name": graph.name, "kind": spec.kind}
+def graph_entry(draft: BundleDraft, graph: GraphDraft, models: Mapping[str, onnx.ModelProto]) -> dict[str, Any]:
+    """What the manifest says of a graph. models: flavor -> graph; of the second, what differs is under its name."""
+    entry: dict[str, Any] = {"name": graph.name, "kind": names.graph_kind(graph.name)}
     block_id = names.block_id_of(graph.name)
     if block_id is not None:
         entry["block_id"] = block_id
     matrices = {name: dict(record()) for name, record in graph.matrices.items()}
-    return entry | {
-        "file": names.graph_file(graph.name),
-        "data": names.data_file(graph.name),
-        "inputs": [_plain(dataclasses.asdict(tensor)) for tensor in spec.inputs],
-        "outputs": [_plain(dataclasses.asdict(tensor)) for tensor in spec.outputs],
+    first, *others = (_flavor_entry(draft, graph.name, flavor, model) for flavor, model in models.items())
+    return {
+        **entry,
+        **first,
         "weights": _weights_in_words(matrices, draft.form),
-        "operators": operator_inventory(model),
         "parameters": graph.parameters,
         "transposed": sorted(tensor.name for tensor in graph.tensors if getattr(tensor, "transposed", False)),
         "matrices": matrices,
+        **dict(zip(list(models)[1:], others, strict=True)),
+    }
+
+
+def _flavor_entry(draft: BundleDraft, graph: str, flavor: str, model: onnx.ModelProto) -> dict[str, Any]:
+    spec = graph_spec(graph, draft.config, draft.argmax, draft.form.dtype, flavor)
+    return {
+        "file": names.in_flavor(names.graph_file(graph), flavor),
+        "data": names.in_flavor(names.data_file(graph), flavor),
+        "inputs": [_plain(dataclasses.asdict(tensor)) for tensor in spec.inputs],
+        "outputs": [_plain(dataclasses.asdict(tensor)) for tensor in spec.outputs],
+        "operators": operator_inventory(model),
     }
 
 
@@ -194,7 +211,7 @@ def draft_of_bundle(bundle: Bundle) -> BundleDraft:
     """
     demand_onnx(bundle)
     graphs = tuple(_graph_of_bundle(bundle, entry) for entry in bundle.graphs)
-    owned = {entry[key] for entry in bundle.graphs for key in ("file", "data")}
+    owned = {one[key] for entry in bundle.graphs for one in bundle.flavored(entry).values() for key in ("file", "data")}
     files: dict[str, bytes | Tensor | LinkedFile] = {
         name: bundle.link(name) for name in bundle.files if name not in owned
     }
@@ -207,20 +224,28 @@ FACTS = ("architecture", "tied", "opset", "argmax", "tokenizer", "checkpoint", "
 
 
 def _graph_of_bundle(bundle: Bundle, entry: Mapping[str, Any]) -> GraphDraft:
-    model = load_graph(bundle.whole_path(entry["file"]))
-    places = sorted(stored_tensors(bundle, model, entry).values(), key=lambda place: place.offset)
+    flavored = bundle.flavored(entry)
+    models = {flavor: load_graph(bundle.whole_path(one["file"])) for flavor, one in flavored.items()}
+    stored = [stored_tensors(bundle, models[flavor], one) for flavor, one in flavored.items()]
+    if any(_without_location(others) != _without_location(stored[0]) for others in stored[1:]):
+        raise BundleError(f"The flavors of {entry['name']} do not read the same weights; split the bundle again.")
     transposed = set(entry["transposed"])
     return GraphDraft(
         name=entry["name"],
         tensors=tuple(
-            FileTensor(bundle.directory, place, place.name in transposed, bundle.beyond_cache) for place in places
+            FileTensor(bundle.directory, place, place.name in transposed, bundle.beyond_cache)
+            for place in sorted(stored[0].values(), key=lambda place: place.offset)
         ),
         parameters=entry["parameters"],
-        make_model=lambda: _without_weights(model),
+        models={flavor: partial(_without_weights, model) for flavor, model in models.items()},
         matrices={name: _constant(record) for name, record in entry["matrices"].items()},
-        graph_link=bundle.link(entry["file"]),
+        graph_links={flavor: bundle.link(one["file"]) for flavor, one in flavored.items()},
         data_link=bundle.link(entry["data"]),
     )
+
+
+def _without_location(places: Mapping[str, ExternalTensor]) -> dict[str, ExternalTensor]:
+    return {name: dataclasses.replace(place, location="") for name, place in places.items()}
 
 
 def _without_weights(model: onnx.ModelProto) -> onnx.ModelProto:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,8 +21,8 @@ from glmexport.bundle_writer import BundleWriter
 from glmexport.draft import BundleDraft, GraphDraft, graph_entry, with_tensors
 from glmexport.errors import BundleError, ExportError
 from glmexport.graph_lint import lint_graph
-from glmexport.interface import graph_spec
-from glmexport.onnx_files import Array, ExternalDataWriter, load_graph, stored_bytes
+from glmexport.interface import graph_spec, opset_of
+from glmexport.onnx_files import Array, ExternalDataWriter, ExternalTensor, load_graph, stored_bytes
 from glmexport.tensors import SLICE_BYTES, Tensor
 
 Advance = Callable[[str, int], None]
@@ -82,7 +83,7 @@ def write_bundle(
                 if graph.name not in finished:
                     advance(graph.name, 0)
                     finished[graph.name] = entry = _write_graph(writer, draft, graph, making, advance)
-                    writer.finish(graph.name, (names.data_file(graph.name), names.graph_file(graph.name)), entry)
+                    writer.finish(graph.name, files_of(graph), entry)
                 entries.append(finished[graph.name])
             for name, content in draft.files.items():
                 advance(name, 0)
@@ -95,7 +96,12 @@ def write_bundle(
 
 def new_bytes(draft: BundleDraft) -> int:
     """Bytes that must be free where the bundle goes: what is not linked."""
-    linked = {names.data_file(graph.name) for graph in draft.graphs if graph.data_link}
+    linked = {
+        names.in_flavor(names.data_file(graph.name), flavor)
+        for graph in draft.graphs
+        for number, flavor in enumerate(graph.models)
+        if graph.data_link or number  # flavors share one file
+    }
     linked |= {name for name, content in draft.files.items() if isinstance(content, LinkedFile)}
     return sum(size for name, size in draft.sizes().items() if name not in linked)
 
@@ -133,7 +139,10 @@ class Making:
         self._begin()
         self._tracer = ThreadPoolExecutor(1, thread_name_prefix="graphs")
         self._models = {
-            graph.name: self._tracer.submit(graph.make_model) for graph in graphs if graph.graph_link is None
+            (graph.name, flavor): self._tracer.submit(make)
+            for graph in graphs
+            for flavor, make in graph.models.items()
+            if flavor not in graph.graph_links
         }
 
     def __enter__(self) -> Making:
@@ -162,35 +171,57 @@ class Making:
             self._begun.append((Ahead(tensor.slices, self._makers, self.SLICES_AHEAD), waiting))
             self._coming.popleft()
 
-    def model(self, graph: GraphDraft) -> onnx.ModelProto:
+    def model(self, graph: GraphDraft, flavor: str) -> onnx.ModelProto:
         """The graph without its tensors. Raises what making it raises."""
-        return self._models.pop(graph.name).result()
+        return self._models.pop((graph.name, flavor)).result()
+
+
+def files_of(graph: GraphDraft) -> tuple[str, ...]:
+    """The files of a graph, the data first."""
+    own = names.data_file(graph.name), names.graph_file(graph.name)
+    return tuple(names.in_flavor(file, flavor) for flavor in graph.models for file in own)
 
 
 def _write_graph(
     writer: BundleWriter, draft: BundleDraft, graph: GraphDraft, making: Making, advance: Advance
 ) -> dict[str, Any]:
-    data_name, graph_name = names.data_file(graph.name), names.graph_file(graph.name)
+    first, *others = (names.in_flavor(names.data_file(graph.name), flavor) for flavor in graph.models)
     if graph.data_link is not None:
         places = [tensor.place for tensor in graph.tensors]  # type: ignore[attr-defined]  # links come with FileTensor
-        writer.link(data_name, graph.data_link)
+        writer.link(first, graph.data_link)
         advance(graph.name, graph.data_bytes)
     else:
-        with writer.create(data_name) as sink:
-            data = ExternalDataWriter(sink, data_name)
+        with writer.create(first) as sink:
+            data = ExternalDataWriter(sink, first)
             for tensor in graph.tensors:
                 data.add(tensor.name, tensor.dtype, tensor.shape, _reported(making.slices(), graph.name, advance))
         places = data.tensors
-    if graph.graph_link is not None:
-        writer.link(graph_name, graph.graph_link)
-        return graph_entry(draft, graph, load_graph(writer.path(graph_name)))
-    model = with_tensors(making.model(graph), places)
-    writer.write_bytes(graph_name, model.SerializeToString(deterministic=True))
-    spec = graph_spec(graph.name, draft.config, draft.argmax, draft.form.dtype)
-    complaints = lint_graph(writer.path(graph_name), spec, draft.opset)
+    for other in others:
+        writer.link(other, LinkedFile(writer.path(first), writer.files[first]))
+    beside = [dataclasses.replace(place, location=names.data_file(graph.name)) for place in places]
+    models = {flavor: _write_flavor(writer, draft, graph, flavor, beside, making) for flavor in graph.models}
+    return graph_entry(draft, graph, models)
+
+
+def _write_flavor(
+    writer: BundleWriter,
+    draft: BundleDraft,
+    graph: GraphDraft,
+    flavor: str,
+    places: Sequence[ExternalTensor],
+    making: Making,
+) -> onnx.ModelProto:
+    name = names.in_flavor(names.graph_file(graph.name), flavor)
+    if flavor in graph.graph_links:
+        writer.link(name, graph.graph_links[flavor])
+        return load_graph(writer.path(name))
+    model = with_tensors(making.model(graph, flavor), places)
+    writer.write_bytes(name, model.SerializeToString(deterministic=True))
+    spec = graph_spec(graph.name, draft.config, draft.argmax, draft.form.dtype, flavor)
+    complaints = lint_graph(writer.path(name), spec, opset_of(flavor, draft.opset))
     if complaints:
         raise ExportError("A graph breaks the bundle's rules, so nothing was written: " + " ".join(complaints))
-    return graph_entry(draft, graph, model)
+    return model
 
 
 def _write_file(

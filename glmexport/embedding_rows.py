@@ -35,8 +35,6 @@ def head_rows(bundle: Bundle) -> QuantizedRows:
         raise BundleError(f"{names.graph_file(names.HEAD)} has {len(matrices)} quantized matrices, expected one.")
     ((name, record),) = matrices.items()
     shape = (bundle.config.vocab_size, bundle.config.hidden_size)
-    for file in (names.graph_file(names.HEAD), names.data_file(names.HEAD)):
-        bundle.whole_path(file)
     places = stored_tensors_of(bundle, names.HEAD)
     return QuantizedRows(bundle.directory, places, name, record, shape, bundle.form.quantization.format)
 

@@ -49,12 +49,48 @@ def _(states: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return states.new_empty((states.shape[0], weight.shape[0]))
 
 
+@library.custom_op(f"{NAMESPACE}::write_cache", mutates_args=())
+def write_cache(cache: torch.Tensor, new: torch.Tensor, write_indices: torch.Tensor) -> torch.Tensor:
+    """The cache [batch, heads, capacity, width] with row i of `new` [batch, heads, seq, width] at write_indices[i].
+
+    write_indices: int64 [batch]. In a graph it is TensorScatter, which changes the cache where it lies.
+    """
+    written = cache.clone()
+    for row, start in enumerate(write_indices.tolist()):
+        written[row, :, start : start + new.shape[2]] = new[row]
+    return written
+
+
+@write_cache.register_fake
+def _(cache: torch.Tensor, new: torch.Tensor, write_indices: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(cache)
+
+
+@library.custom_op(f"{NAMESPACE}::attend", mutates_args=())
+def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
+    """Scaled attention: [batch, heads, seq, width] over [batch, heads, total, width]; a row that sees nothing gives 0.
+
+    visible: bool [batch, 1, seq, total], True takes part. In a graph it is Attention.
+    """
+    scores = query @ key.transpose(-1, -2) / query.shape[-1] ** 0.5
+    weights = scores.masked_fill(~visible, float("-inf")).softmax(-1)
+    return torch.nan_to_num(weights, nan=0.0) @ value
+
+
+@attend.register_fake
+def _(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(query)
+
+
 def dynamo_translations() -> dict[Any, Any]:
     """The table that `torch.onnx.export(dynamo=True, custom_translation_table=…)` takes.
 
     onnxscript reads these functions' source and signature, so they stay free of anything but ONNX operators.
     """
     from onnxscript import opset18 as op
+    from onnxscript import values
+
+    op24 = values.Opset("", 24)  # which onnxscript has no module of yet
 
     def onnx_split_heads(states, heads: int):  # type: ignore[no-untyped-def]  # onnxscript's own typing
         return op.Reshape(states, op.Constant(value_ints=[0, 0, heads, -1]))  # type: ignore[arg-type]  # as above
@@ -65,7 +101,16 @@ def dynamo_translations() -> dict[Any, Any]:
     def onnx_linear_rows(states, weight):  # type: ignore[no-untyped-def]  # onnxscript's own typing
         return op.Gemm(states, weight, transB=1)
 
+    def onnx_write_cache(cache, new, write_indices):  # type: ignore[no-untyped-def]  # onnxscript's own typing
+        return op24.TensorScatter(cache, new, write_indices, axis=-2)
+
+    def onnx_attend(query, key, value, visible):  # type: ignore[no-untyped-def]  # onnxscript's own typing
+        attended, _key, _value, _scores = op24.Attention(query, key, value, visible)
+        return attended
+
     return {
+        torch.ops.glmexport.write_cache.default: onnx_write_cache,
+        torch.ops.glmexport.attend.default: onnx_attend,
         torch.ops.glmexport.split_heads.default: onnx_split_heads,
         torch.ops.glmexport.merge_heads.default: onnx_merge_heads,
         torch.ops.glmexport.linear_rows.default: onnx_linear_rows,

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from glmexport import names
 from glmexport.config import ModelConfig, SpecialIds
 from glmexport.errors import GlmExportError
 from glmexport.interface import DTYPES
@@ -96,7 +97,8 @@ class Form:
     """All of it; the default is what a plain split makes.
 
     weights: how matrices that are not quantized are stored in graphs that compute in float32. dtype: what the graphs
-    compute in (`interface.DTYPES`), and so the dtype of their inputs, outputs, KV cache and weights.
+    compute in (`interface.DTYPES`), and so the dtype of their inputs, outputs, KV cache and weights. flavors: of the
+    graphs, of `names.FLAVORS` and in their order.
     """
 
     slim: Slim | None = None
@@ -104,6 +106,7 @@ class Form:
     quantization: QuantizationForm | None = None
     weights: str = FLOAT32
     dtype: str = FLOAT32
+    flavors: tuple[str, ...] = (names.PORTABLE,)
 
     @property
     def float_bytes(self) -> int:
@@ -134,6 +137,7 @@ class Form:
             "quantization": dataclasses.asdict(self.quantization) if self.quantization else None,
             "weights": self.weights,
             "dtype": self.dtype,
+            "flavors": list(self.flavors),
         }
 
 
@@ -145,12 +149,16 @@ def form_from_json(manifest: Mapping[str, Any]) -> Form:
     dtype = manifest.get("dtype", FLOAT32)  # likewise
     if dtype not in DTYPES:
         raise ValueError(f"dtype is {dtype!r:.80}, expected one of {', '.join(DTYPES)}")
+    flavors = manifest.get("flavors", [names.PORTABLE])  # likewise
+    if not isinstance(flavors, list) or not flavors or flavors != [one for one in names.FLAVORS if one in flavors]:
+        raise ValueError(f"flavors is {flavors!r:.80}, expected some of {', '.join(names.FLAVORS)}")
     return Form(
         _slim(manifest["vocabulary"]),
         _embedding(manifest["embedding"]),
         _quantization(manifest["quantization"]),
         weights,
         dtype,
+        tuple(flavors),
     )
 
 

@@ -58,13 +58,15 @@ class GraphPool:
         gpu_memory: int | None,
         read_ahead: int = READ_AHEAD,
         mnn_memory: str | None = None,
+        flavor: str = names.PORTABLE,
     ) -> None:
         """Plan; nothing is opened. Arguments as of `Session`."""
+        self._flavor = flavor
         self._mnn_memory = mnn_memory
         self._bundle = bundle
         self._limit, self._threads, self._read_ahead = memory_limit, threads, read_ahead
         self._providers, self._gpu_memory = providers, gpu_memory
-        files, width = bundle.graph_sizes, bundle.form.float_bytes
+        files, width = bundle.sizes_of(flavor), bundle.form.float_bytes
         self._gpu = () if gpu_memory is None else graphs_for_gpu(files, bundle.config, gpu_memory, width)
         held = held_on_cpu(files, width)
         self.sizes = {name: held[name] if self._on_cpu(name) else size for name, size in files.items()}
@@ -153,15 +155,16 @@ class GraphPool:
             future.exception()  # it is being opened: its bytes are only free once that has ended
 
     def _load(self, graph: str) -> OpenGraph:
-        runtime = self._bundle.runtime
-        path = self._bundle.whole_path(names.graph_file(graph, runtime))
-        if runtime == names.MNN:
-            self._bundle.whole_path(names.data_file(graph, runtime))
+        with_mnn = self._bundle.runtime == names.MNN
+        entry = self._bundle.graph(graph, self._flavor)
+        path = self._bundle.whole_path(entry["file"])
+        if with_mnn:
+            self._bundle.whole_path(entry["data"])
         else:
             self._demand_ours(graph, path)
         if graph in self.placement.streamed:
-            _read_ahead(self._bundle.path(names.data_file(graph, runtime)))
-        return self._open_with_mnn(graph) if runtime == names.MNN else self._open_with_onnxruntime(graph, path)
+            _read_ahead(self._bundle.path(entry["data"]))
+        return self._open_with_mnn(graph) if with_mnn else self._open_with_onnxruntime(graph, path)
 
     def _open_with_mnn(self, graph: str) -> OpenGraph:
         on_gpu = graph in self._gpu
@@ -194,8 +197,8 @@ class GraphPool:
     def _demand_ours(self, graph: str, path: Path) -> None:
         """Refuse what onnxruntime would trust: data outside the bundle, sizes that are not the model's, loops."""
         model = load_graph(path)
-        stored_tensors(self._bundle, model, self._bundle.graph(graph))
-        spec = graph_spec(graph, self._bundle.config, self._bundle.argmax, self._bundle.form.dtype)
+        stored_tensors(self._bundle, model, self._bundle.graph(graph, self._flavor))
+        spec = graph_spec(graph, self._bundle.config, self._bundle.argmax, self._bundle.form.dtype, self._flavor)
         complaints = foreign_parts(model, spec)
         if complaints:
             raise BundleError(

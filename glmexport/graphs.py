@@ -15,15 +15,17 @@ from glmexport.patch import ModelPatch
 
 
 class EmbeddingGraph(nn.Module):
-    """`input_ids` int64 [batch, seq] -> `inputs_embeds` [seq, batch, hidden]."""
+    """`input_ids` int64 [batch, seq] -> `inputs_embeds`, see `interface.embedding_spec`."""
 
-    def __init__(self, word_embeddings: nn.Module) -> None:
+    def __init__(self, word_embeddings: nn.Module, flavor: str = names.PORTABLE) -> None:
         super().__init__()
         self.word_embeddings = word_embeddings
+        self.flavor = flavor
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
         # turning the ids first moves seq * batch numbers instead of seq * batch * hidden
-        embeddings: torch.Tensor = self.word_embeddings(input_ids.transpose(0, 1))
+        ids = input_ids.transpose(0, 1) if self.flavor == names.PORTABLE else input_ids
+        embeddings: torch.Tensor = self.word_embeddings(ids)
         return embeddings
 
 
@@ -45,18 +47,41 @@ class BlockGraph(nn.Module):
         return hidden_states, presents
 
 
-class LmHeadGraph(nn.Module):
-    """`hidden_states` [seq, batch, hidden] -> `logits` [batch, vocab] of the last position, the greedy id, or both."""
+class InPlaceBlockGraph(nn.Module):
+    """One patched block that writes into its KV cache: see `interface.in_place_block_spec` for the shapes."""
 
-    def __init__(self, final_norm: nn.Module, lm_head: nn.Module, argmax: str) -> None:
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(
+        self,
+        inputs_embeds: torch.Tensor,
+        attention_mask: torch.Tensor,
+        position_ids: torch.Tensor,
+        write_indices: torch.Tensor,
+        key_cache: torch.Tensor,
+        value_cache: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        cache = (write_indices, key_cache, value_cache)
+        hidden_states, (keys, values) = self.block(inputs_embeds, position_ids, attention_mask, cache)
+        return hidden_states, keys, values
+
+
+class LmHeadGraph(nn.Module):
+    """`hidden_states` -> `logits` [batch, vocab] of the last position, the greedy id, or both: `head_spec`."""
+
+    def __init__(self, final_norm: nn.Module, lm_head: nn.Module, argmax: str, flavor: str = names.PORTABLE) -> None:
         super().__init__()
         self.final_norm = final_norm
         self.lm_head = lm_head
         self.argmax = argmax
+        self.flavor = flavor
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         # the last position is picked before anything is computed on the others
-        logits: torch.Tensor = self.lm_head(self.final_norm(hidden_states[-1]))
+        last = hidden_states[-1] if self.flavor == names.PORTABLE else hidden_states[:, -1]
+        logits: torch.Tensor = self.lm_head(self.final_norm(last))
         if self.argmax == "none":
             return logits
         token_id = logits.argmax(dim=-1)
@@ -81,11 +106,16 @@ class GraphPart:
         return f"{self.prefixes[attribute]}.{rest}"
 
 
-def patched_parts(patch: ModelPatch, config: ModelConfig, argmax: str, dtype: str = "float32") -> tuple[GraphPart, ...]:
-    """The graphs of the patched model on the meta device: shapes and buffers, no weights."""
+def patched_parts(
+    patch: ModelPatch, config: ModelConfig, argmax: str, dtype: str = "float32", flavor: str = names.PORTABLE
+) -> tuple[GraphPart, ...]:
+    """The graphs of the patched model on the meta device: shapes and buffers, no weights.
+
+    flavor: one of `names.FLAVORS`. Raises ExportError where the architecture has no such graphs.
+    """
     with torch.device("meta"):
-        patched = patch.apply(patch.build_reference(config))
-    return graph_parts(patch, config, parameters_to(patched, dtype), argmax, dtype)
+        patched = patch.apply(patch.build_reference(config), flavor)
+    return graph_parts(patch, config, parameters_to(patched, dtype), argmax, dtype, flavor)
 
 
 def parameters_to(model: nn.Module, dtype: str) -> nn.Module:
@@ -99,35 +129,45 @@ def parameters_to(model: nn.Module, dtype: str) -> nn.Module:
 
 
 def graph_parts(
-    patch: ModelPatch, config: ModelConfig, patched: nn.Module, argmax: str, dtype: str = "float32"
+    patch: ModelPatch,
+    config: ModelConfig,
+    patched: nn.Module,
+    argmax: str,
+    dtype: str = "float32",
+    flavor: str = names.PORTABLE,
 ) -> tuple[GraphPart, ...]:
     """Every graph of a patched model, in the order in which data flows: embedding, blocks, LM head.
 
-    dtype: of the parameters of `patched`, one of `interface.DTYPES`.
+    dtype: of the parameters of `patched`, one of `interface.DTYPES`. flavor: that it was patched for.
     """
     embedding = GraphPart(
         names.EMBEDDING,
-        interface.embedding_spec(config, dtype),
-        EmbeddingGraph(patched.get_submodule(patch.embedding)),
+        interface.embedding_spec(config, dtype, flavor),
+        EmbeddingGraph(patched.get_submodule(patch.embedding), flavor),
         {"word_embeddings": patch.embedding},
     )
-    blocks = tuple(block_part(patch, config, patched, block_id, dtype) for block_id in range(config.num_blocks))
+    blocks = tuple(block_part(patch, config, patched, block_id, dtype, flavor) for block_id in range(config.num_blocks))
     head = GraphPart(
         names.HEAD,
-        interface.head_spec(config, argmax, dtype),
-        LmHeadGraph(patched.get_submodule(patch.final_norm), patched.get_submodule(patch.head), argmax),
+        interface.head_spec(config, argmax, dtype, flavor),
+        LmHeadGraph(patched.get_submodule(patch.final_norm), patched.get_submodule(patch.head), argmax, flavor),
         {"final_norm": patch.final_norm, "lm_head": patch.head},
     )
     return (embedding, *blocks, head)
 
 
 def block_part(
-    patch: ModelPatch, config: ModelConfig, patched: nn.Module, block_id: int, dtype: str = "float32"
+    patch: ModelPatch,
+    config: ModelConfig,
+    patched: nn.Module,
+    block_id: int,
+    dtype: str = "float32",
+    flavor: str = names.PORTABLE,
 ) -> GraphPart:
     """The graph of one block of a patched model."""
-    path = patch.block.format(block_id=block_id)
-    block = BlockGraph(patched.get_submodule(path))
-    return GraphPart(names.block_name(block_id), interface.block_spec(config, dtype), block, {"block": path})
+    path, name = patch.block.format(block_id=block_id), names.block_name(block_id)
+    block = (BlockGraph if flavor == names.PORTABLE else InPlaceBlockGraph)(patched.get_submodule(path))
+    return GraphPart(name, interface.graph_spec(name, config, "none", dtype, flavor), block, {"block": path})
 
 
 def stored_transposed(module: nn.Module) -> frozenset[str]:

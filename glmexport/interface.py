@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 OPSETS = range(14, 25)
 """The opsets that can be asked for."""
 
+IN_PLACE_OPSET = 24
+"""Of the graphs that write into their KV cache: the first opset with TensorScatter."""
+
 DEFAULT_OPSET = 18
 """The lowest opset that torch's maintained exporter writes: LayerNormalization is one node, onnxruntime fuses all it
 needs, and MNN's converter takes it; a later opset only narrows the set of runtimes that read the file."""
@@ -61,20 +64,35 @@ def value_info(tensor: TensorSpec) -> onnx.ValueInfoProto:
     return onnx.helper.make_tensor_value_info(tensor.name, dtype, tensor.shape)
 
 
-def graph_spec(graph: str, config: ModelConfig, argmax: str, dtype: str = "float32") -> GraphSpec:
-    """The signature of the graph of that name. dtype: one of `DTYPES`, here and below."""
+def graph_spec(
+    graph: str, config: ModelConfig, argmax: str, dtype: str = "float32", flavor: str = names.PORTABLE
+) -> GraphSpec:
+    """The signature of the graph of that name. dtype: one of `DTYPES`, flavor of `names.FLAVORS`, here and below."""
     kind = names.graph_kind(graph)
     if kind == names.KIND_HEAD:
-        return head_spec(config, argmax, dtype)
-    return embedding_spec(config, dtype) if kind == names.KIND_EMBEDDING else block_spec(config, dtype)
+        return head_spec(config, argmax, dtype, flavor)
+    if kind == names.KIND_EMBEDDING:
+        return embedding_spec(config, dtype, flavor)
+    return block_spec(config, dtype) if flavor == names.PORTABLE else in_place_block_spec(config, dtype)
 
 
-def embedding_spec(config: ModelConfig, dtype: str = "float32") -> GraphSpec:
-    """`input_ids` [batch, seq] -> `inputs_embeds` [seq, batch, hidden]."""
+def opset_of(flavor: str, portable: int) -> int:
+    """The opset of graphs of a flavor, in a bundle whose portable ones have, or would have, the opset `portable`."""
+    return portable if flavor == names.PORTABLE else IN_PLACE_OPSET
+
+
+def _hidden(config: ModelConfig, flavor: str) -> tuple[int | str, ...]:
+    """The shape of hidden states: the sequence first as in the model, or the batch first."""
+    order = (names.SEQ, names.BATCH) if flavor == names.PORTABLE else (names.BATCH, names.SEQ)
+    return (*order, config.hidden_size)
+
+
+def embedding_spec(config: ModelConfig, dtype: str = "float32", flavor: str = names.PORTABLE) -> GraphSpec:
+    """`input_ids` [batch, seq] -> `inputs_embeds` [seq, batch, hidden], or [batch, seq, hidden]."""
     return GraphSpec(
         names.KIND_EMBEDDING,
         (TensorSpec(names.INPUT_IDS, "int64", (names.BATCH, names.SEQ)),),
-        (TensorSpec(names.INPUTS_EMBEDS, dtype, (names.SEQ, names.BATCH, config.hidden_size)),),
+        (TensorSpec(names.INPUTS_EMBEDS, dtype, _hidden(config, flavor)),),
     )
 
 
@@ -97,8 +115,37 @@ def block_spec(config: ModelConfig, dtype: str = "float32") -> GraphSpec:
     )
 
 
-def head_spec(config: ModelConfig, argmax: str = "none", dtype: str = "float32") -> GraphSpec:
-    """`hidden_states` [seq, batch, hidden] -> `logits` [batch, vocab] of the last position and/or `token_id` [batch].
+def in_place_block_spec(config: ModelConfig, dtype: str = "float32") -> GraphSpec:
+    """As `block_spec`, batch first, with a KV cache that the graph writes into.
+
+    Row i's new keys and values go to places `write_indices`[i] and on of `key_cache` and `value_cache`, which come out
+    again: bound to the memory that they came in, nothing is copied. `attention_mask` is over the whole capacity, and
+    hides (True) what is not written yet.
+    """
+    hidden = _hidden(config, names.ORT)
+    cache = (names.BATCH, config.num_heads, names.CAPACITY, config.head_dim)
+    return GraphSpec(
+        names.KIND_BLOCK,
+        (
+            TensorSpec(names.INPUTS_EMBEDS, dtype, hidden),
+            TensorSpec(names.ATTENTION_MASK, "bool", (names.BATCH, 1, names.SEQ, names.CAPACITY)),
+            TensorSpec(names.POSITION_IDS, "int64", (names.BATCH, 2, names.SEQ)),
+            TensorSpec(names.WRITE_INDICES, "int64", (names.BATCH,)),
+            TensorSpec(names.KEY_CACHE, dtype, cache),
+            TensorSpec(names.VALUE_CACHE, dtype, cache),
+        ),
+        (
+            TensorSpec(names.HIDDEN_STATES, dtype, hidden),
+            TensorSpec(names.KEY_CACHE_OUT, dtype, cache),
+            TensorSpec(names.VALUE_CACHE_OUT, dtype, cache),
+        ),
+    )
+
+
+def head_spec(
+    config: ModelConfig, argmax: str = "none", dtype: str = "float32", flavor: str = names.PORTABLE
+) -> GraphSpec:
+    """`hidden_states` of `seq` places -> `logits` [batch, vocab] of the last position and/or `token_id` [batch].
 
     Raises GlmExportError for an unknown `argmax`.
     """
@@ -107,5 +154,5 @@ def head_spec(config: ModelConfig, argmax: str = "none", dtype: str = "float32")
     outputs = {"none": (logits,), "also": (logits, token), "only": (token,)}
     if argmax not in outputs:
         raise GlmExportError(f"argmax must be one of {', '.join(ARGMAX_MODES)}, found {argmax!r}.")
-    hidden = TensorSpec(names.HIDDEN_STATES, dtype, (names.SEQ, names.BATCH, config.hidden_size))
+    hidden = TensorSpec(names.HIDDEN_STATES, dtype, _hidden(config, flavor))
     return GraphSpec(names.KIND_HEAD, (hidden,), outputs[argmax])

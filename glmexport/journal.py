@@ -66,8 +66,7 @@ class Journal:
                 entry = dict(line["entry"])
             except (TypeError, ValueError, KeyError, AttributeError):
                 break
-            ours = [{names.graph_file(graph, kind), names.data_file(graph, kind)} for kind in (names.ONNX, names.MNN)]
-            if "/" in graph or {*files} not in ours:
+            if "/" in graph or {*files} not in _possible_files(graph):
                 break  # what does not fit is removed: it must be a file of ours
             self.finished[graph] = Finished(files, entry)
         return True
@@ -107,6 +106,13 @@ class Journal:
                 yield load_json(value)
             except (ValueError, RecursionError):
                 return
+
+
+def _possible_files(graph: str) -> Iterator[set[str]]:
+    """The files of a finished graph, for each runtime and all flavors that there may be."""
+    mnn, onnx = ({names.graph_file(graph, kind), names.data_file(graph, kind)} for kind in (names.MNN, names.ONNX))
+    fast = {names.in_flavor(file, names.ORT) for file in onnx}
+    yield from (mnn, onnx, fast, onnx | fast)
 
 
 def _of_graph(graph: str, finished: Finished) -> dict[str, Any]:

@@ -4,26 +4,30 @@ from __future__ import annotations
 
 import dataclasses
 
+from glmexport import names
 from glmexport.checkpoint_draft import model_of_part
-from glmexport.draft import BundleDraft
+from glmexport.draft import BundleDraft, GraphDraft
 from glmexport.errors import BundleError
 from glmexport.graphs import patched_parts
 from glmexport.patch import all_patches
 
 
 def lifted(draft: BundleDraft, opset: int) -> BundleDraft:
-    """The draft with every graph at `opset`; data files stay links. Raises BundleError for an unknown architecture."""
+    """The draft with every portable graph at `opset`; data files stay links.
+
+    Raises BundleError for an unknown architecture.
+    """
     architecture = draft.facts["architecture"]
     patch = next((patch for patch in all_patches() if patch.name == architecture), None)
     if patch is None:
         raise BundleError(f"The bundle's architecture {architecture!r:.80} is not one this glmexport knows.")
     parts = {part.name: part for part in patched_parts(patch, draft.config, draft.argmax, draft.form.dtype)}
-    graphs = tuple(
-        dataclasses.replace(
-            graph,
-            make_model=model_of_part(patch, draft.config, parts[graph.name], draft.argmax, opset, draft.form.dtype),
-            graph_link=None,
-        )
-        for graph in draft.graphs
-    )
-    return dataclasses.replace(draft, graphs=graphs, facts={**draft.facts, "opset": opset})
+
+    def lift(graph: GraphDraft) -> GraphDraft:
+        if names.PORTABLE not in graph.models:
+            return graph
+        made = model_of_part(patch, draft.config, parts[graph.name], draft.argmax, opset, draft.form.dtype)
+        links = {flavor: link for flavor, link in graph.graph_links.items() if flavor != names.PORTABLE}
+        return dataclasses.replace(graph, models={**graph.models, names.PORTABLE: made}, graph_links=links)
+
+    return dataclasses.replace(draft, graphs=tuple(map(lift, draft.graphs)), facts={**draft.facts, "opset": opset})

@@ -14,6 +14,11 @@ ONNX = "onnx"
 MNN = "mnn"
 RUNTIMES = (ONNX, MNN)
 
+# flavors of the ONNX graphs: for any runtime, with a KV cache that grows; for onnxruntime, with one written in place
+PORTABLE = "portable"
+ORT = "ort"
+FLAVORS = (PORTABLE, ORT)
+
 # graphs
 EMBEDDING = "embedding"
 HEAD = "lm"
@@ -34,12 +39,18 @@ HIDDEN_STATES = "hidden_states"
 PRESENTS = "presents"
 LOGITS = "logits"
 TOKEN_ID = "token_id"
+KEY_CACHE = "key_cache"
+VALUE_CACHE = "value_cache"
+WRITE_INDICES = "write_indices"
+KEY_CACHE_OUT = "key_cache_out"
+VALUE_CACHE_OUT = "value_cache_out"
 
 # dynamic axes
 BATCH = "batch"
 SEQ = "seq"
 PAST_LENGTH = "past"
 TOTAL = "total"
+CAPACITY = "capacity"
 
 
 def block_name(block_id: int) -> str:
@@ -65,6 +76,11 @@ def graph_file(graph: str, runtime: str = ONNX) -> str:
 def data_file(graph: str, runtime: str = ONNX) -> str:
     """File name of what a graph has beside it: `<graph>.onnx.data`, or `<graph>.mnn.weight`, as MNN looks for it."""
     return f"{graph}.{runtime}.{'data' if runtime == ONNX else 'weight'}"
+
+
+def in_flavor(file: str, flavor: str) -> str:
+    """Where a file of that flavor lies in a bundle: portable graphs at its top, others in a folder of their name."""
+    return file if flavor == PORTABLE else f"{flavor}/{file}"
 
 
 def block_id_of(graph: str) -> int | None:

@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from glmexport import names
 from glmexport.config import ModelConfig, TokenizerFacts
+from glmexport.errors import ExportError
 
 BlockFunction = Callable[
     [nn.Module, int, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor],
@@ -39,7 +41,10 @@ class ModelPatch:
         [batch, 1, seq, total] where True hides, position_ids int64 [batch, 2, seq], past
         [2, past, batch, heads, head_dim]) ->
         (hidden [seq, batch, hidden], presents [2, total, batch, heads, head_dim]).
-    transforms: applied in this order.
+    transforms: applied in this order, for the portable flavor of the graphs.
+    in_place_transforms: the same for the flavor `ort`, whose blocks take (write_indices int64 [batch], key cache, value
+        cache) for a past, and hidden states batch first, and name their weights as the portable ones do; empty where an
+        architecture has none.
     embedding, block, final_norm, head: paths of these submodules in the reference; `block` holds `{block_id}`.
     ignored_tensors: regular expressions (full match) of checkpoint tensors that may be there and are not used.
     """
@@ -56,12 +61,23 @@ class ModelPatch:
     final_norm: str
     head: str
     ignored_tensors: tuple[str, ...] = ()
+    in_place_transforms: tuple[Transform, ...] = ()
 
-    def apply(self, model: nn.Module) -> nn.Module:
-        """Apply every transform in order; works on the model in place and returns it."""
-        for transform in self.transforms:
+    def apply(self, model: nn.Module, flavor: str = names.PORTABLE) -> nn.Module:
+        """Apply every transform of a flavor (`names.FLAVORS`) in order; works on the model in place and returns it.
+
+        Raises ExportError where the architecture has no such flavor.
+        """
+        for transform in self.transforms_of(flavor):
             model = transform.apply(model)
         return model
+
+    def transforms_of(self, flavor: str) -> tuple[Transform, ...]:
+        """The transforms of a flavor. Raises ExportError where the architecture has no such flavor."""
+        transforms = self.transforms if flavor == names.PORTABLE else self.in_place_transforms
+        if not transforms:
+            raise ExportError(f"{self.name} has no graphs of the flavor {flavor}; split it as {names.PORTABLE}.")
+        return transforms
 
 
 def all_patches() -> tuple[ModelPatch, ...]:

@@ -17,18 +17,20 @@ from glmexport.bundle_tokenizer import tokenizer_of_bundle
 from glmexport.embedding_rows import embedding_rows
 from glmexport.errors import BundleError, GlmExportError, reason_of
 from glmexport.form import GRAPH
-from glmexport.graph_pool import GraphPool
+from glmexport.graph_pool import CPU_PROVIDER, GraphPool
+from glmexport.in_place import InPlaceBlocks
 from glmexport.interface import graph_spec
 from glmexport.placement import READ_AHEAD, Placement, kv_cache_bytes
 from glmexport.sizes import parse_size
+from glmexport.slot_cache import SlotCache, capacity_for
 from glmexport.tokenizer import Tokenizer
 
 MAX_THREADS = 1024
 """More would only exhaust what the system gives; onnxruntime starts them all."""
 
 Array = npt.NDArray[Any]
-Pasts = list[Array]
-"""KV cache of every block, each [2, total, batch, heads, head_dim] of the bundle's dtype."""
+Pasts = list[Array] | SlotCache
+"""KV cache of every block: each [2, total, batch, heads, head_dim] of the bundle's dtype, or what graphs write into."""
 
 
 class Session:
@@ -42,6 +44,7 @@ class Session:
     gpu_memory: bytes that are free on a GPU; as many blocks as fit run there, on `providers` (default: whichever GPU
     provider onnxruntime has), the others on the CPU.
     read_ahead: streamed graphs to open beyond the one that runs, where the limit has room.
+    flavor: of the graphs to run, of `names.FLAVORS`; None is `ort` where the bundle has it and all runs on the CPU.
     mnn_memory: how MNN holds the weights of a bundle for it, `low` or `normal` (see `mnn_module.MEMORY`); None for what
     the bundle was made for. Such a bundle's `providers` are MNN's backends (`mnn_module.BACKENDS`).
 
@@ -60,6 +63,7 @@ class Session:
         gpu_memory: int | str | None = None,
         read_ahead: int = READ_AHEAD,
         mnn_memory: str | None = None,
+        flavor: str | None = None,
     ) -> None:
         memory_limit, gpu_memory = (
             parse_size(size) if isinstance(size, str) else size for size in (memory_limit, gpu_memory)
@@ -70,15 +74,25 @@ class Session:
             raise GlmExportError("A memory size is below 0; give a number of bytes.")
         self.bundle = bundle if isinstance(bundle, Bundle) else open_bundle(Path(bundle))
         self.config = self.bundle.config
+        providers = (providers,) if isinstance(providers, str) else tuple(providers)
+        on_cpu = gpu_memory is None and providers in ((), (CPU_PROVIDER,))
+        self.flavor = flavor or self.bundle.flavors[-1 if on_cpu else 0]
+        if self.flavor not in self.bundle.flavors:
+            raise BundleError(
+                f"{self.bundle.directory} has graphs of the flavor {' and '.join(self.bundle.flavors)} and none of "
+                f"{self.flavor!r:.40}; split with --flavor both."
+            )
         self._pool = GraphPool(
             self.bundle,
             memory_limit=memory_limit,
             threads=threads,
-            providers=(providers,) if isinstance(providers, str) else tuple(providers),
+            providers=providers,
             gpu_memory=gpu_memory,
             read_ahead=read_ahead,
             mnn_memory=mnn_memory,
+            flavor=self.flavor,
         )
+        self._in_place = InPlaceBlocks(self._pool) if self.flavor == names.ORT else None
 
     def __enter__(self) -> Session:
         return self
@@ -90,6 +104,8 @@ class Session:
 
     def close(self) -> None:
         """Close every graph."""
+        if self._in_place is not None:
+            self._in_place.forget()
         self._pool.close()
 
     def load(self, advance: Callable[[str, int], None] = lambda graph, count: None) -> None:
@@ -134,6 +150,8 @@ class Session:
 
     def kv_bytes(self, batch: int, length: int) -> int:
         """Bytes of the KV cache of all blocks for so many rows and places."""
+        if self._in_place is not None:
+            length = capacity_for(length)
         return self.config.num_blocks * kv_cache_bytes(self.config, batch, length, self.bundle.form.float_bytes)
 
     def forward(self, input_ids: Array, attention_mask: Array, position_ids: Array, pasts: Pasts) -> Array:
@@ -144,13 +162,36 @@ class Session:
         """
         batch, total = input_ids.shape[0], attention_mask.shape[-1]
         self._pool.reserve(self.kv_bytes(batch, total))
+        if isinstance(pasts, SlotCache):
+            return self._in_place_steps(pasts, self._embed(input_ids), attention_mask, position_ids)
         hidden = self.embed(input_ids)
         for block_id in range(self.config.num_blocks):
-            hidden, pasts[block_id] = self.block(block_id, hidden, attention_mask, position_ids, pasts[block_id])
+            hidden = self.step(block_id, hidden, attention_mask, position_ids, pasts)
         return hidden
 
+    def step(self, block_id: int, hidden: Array, attention_mask: Array, position_ids: Array, pasts: Pasts) -> Array:
+        """One block of `forward`: hidden states [seq, batch, hidden] in and out; grows its part of `pasts`."""
+        if isinstance(pasts, SlotCache):
+            blocks = range(block_id, block_id + 1)
+            return self._in_place_steps(pasts, hidden.transpose(1, 0, 2), attention_mask, position_ids, blocks)
+        hidden, pasts[block_id] = self.block(block_id, hidden, attention_mask, position_ids, pasts[block_id])
+        return hidden
+
+    def _in_place_steps(
+        self, cache: SlotCache, hidden: Array, mask: Array, positions: Array, blocks: range | None = None
+    ) -> Array:
+        """Hidden states [batch, seq, hidden] through blocks that write into the cache; [seq, batch, hidden]."""
+        if self._in_place is None:
+            raise TypeError("a cache that is written into goes with a session of the flavor ort")
+        batch, seq, _ = hidden.shape
+        indices = np.full(batch, mask.shape[-1] - seq, np.int64)
+        found = self._in_place.run(cache, hidden, mask, positions, indices, blocks=blocks)
+        return found.transpose(1, 0, 2).copy()  # the next call overwrites what it is a view of
+
     def empty_pasts(self, batch: int) -> Pasts:
-        """KV caches of length 0, one a block."""
+        """KV caches of length 0 for every block."""
+        if self._in_place is not None:
+            return SlotCache(self.config, batch, self.bundle.form.dtype)
         return [self.empty_past(batch) for _ in range(self.config.num_blocks)]
 
     def empty_past(self, batch: int) -> Array:
@@ -159,6 +200,12 @@ class Session:
 
     def embed(self, input_ids: Array) -> Array:
         """input_ids int64 [batch, seq] -> [seq, batch, hidden]; raises BundleError for ids without a row."""
+        if self._in_place is not None:
+            return self._embed(input_ids).transpose(1, 0, 2)
+        return self._embed(input_ids)
+
+    def _embed(self, input_ids: Array) -> Array:
+        """The same in the order of the session's flavor."""
         vocab_size = self.config.vocab_size
         if input_ids.size and not (input_ids.min() >= 0 and input_ids.max() < vocab_size):
             raise BundleError(
@@ -166,13 +213,19 @@ class Session:
             )
         if self.bundle.form.embedding.kind == GRAPH:
             return self._run(names.EMBEDDING, {names.INPUT_IDS: input_ids})[names.INPUTS_EMBEDS]
-        rows = self._rows(input_ids.T.reshape(-1)).reshape(*input_ids.T.shape, self.config.hidden_size)
+        ids = input_ids.T if self._in_place is None else input_ids
+        rows = self._rows(ids.reshape(-1)).reshape(*ids.shape, self.config.hidden_size)
         return rows.astype(self.bundle.form.dtype, copy=False)
 
     def block(
         self, block_id: int, hidden: Array, attention_mask: Array, position_ids: Array, past: Array
     ) -> tuple[Array, Array]:
-        """(hidden_states [seq, batch, hidden], presents [2, total, batch, heads, head_dim]), as in `block_spec`."""
+        """(hidden_states [seq, batch, hidden], presents [2, total, batch, heads, head_dim]), as in `block_spec`.
+
+        For one block alone, in every flavor: what is written in place is copied there and back.
+        """
+        if self._in_place is not None:
+            return self._block_in_place(block_id, hidden, attention_mask, position_ids, past)
         feeds = {
             names.INPUTS_EMBEDS: hidden,
             names.ATTENTION_MASK: attention_mask,
@@ -182,8 +235,22 @@ class Session:
         outputs = self._run(names.block_name(block_id), feeds)
         return outputs[names.HIDDEN_STATES], outputs[names.PRESENTS]
 
+    def _block_in_place(
+        self, block_id: int, hidden: Array, attention_mask: Array, position_ids: Array, past: Array
+    ) -> tuple[Array, Array]:
+        _, length, batch = past.shape[:3]
+        total = attention_mask.shape[-1]
+        cache = SlotCache(self.config, batch, self.bundle.form.dtype, blocks=range(block_id, block_id + 1))
+        cache.reserve(total)
+        for array, before in zip(cache.of(block_id), past, strict=True):
+            array[:, :, :length] = before.transpose(1, 2, 0, 3)
+        found = self.step(block_id, hidden, attention_mask, position_ids, cache)
+        return found, np.stack([array[:, :, :total].transpose(2, 0, 1, 3) for array in cache.of(block_id)])
+
     def head(self, hidden: Array) -> dict[str, Array]:
         """Hidden states [seq, batch, hidden] -> `logits` [batch, vocab] and/or `token_id` [batch]."""
+        if self._in_place is not None:  # the last place is all that it reads
+            hidden = np.ascontiguousarray(hidden[-1:].transpose(1, 0, 2))
         return self._run(names.HEAD, {names.HIDDEN_STATES: hidden})
 
     @cached_property
@@ -192,7 +259,7 @@ class Session:
 
     def _run(self, graph: str, feeds: Mapping[str, Array]) -> dict[str, Array]:
         session = self._pool.get(graph)
-        spec = graph_spec(graph, self.config, self.bundle.argmax, self.bundle.form.dtype)
+        spec = graph_spec(graph, self.config, self.bundle.argmax, self.bundle.form.dtype, self.flavor)
         outputs = [output.name for output in spec.outputs]
         try:
             values = session.run(outputs, dict(feeds))

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from glmexport import names
 from glmexport.bundle_writer import HashingFile, check_output
 from glmexport.checkpoint import Checkpoint, heads_equal
 from glmexport.checkpoint_draft import draft_of_checkpoint
@@ -24,19 +25,36 @@ LIBRARY_BYTES = 850 << 20
 """What the process holds before any weight: interpreter, torch and its exporter, onnx (peak on Linux, rounded up)."""
 
 
+FLAVORS = {**{flavor: (flavor,) for flavor in names.FLAVORS}, "both": names.FLAVORS}
+"""What `--flavor` takes -> flavors of the graphs."""
+
+
 @dataclass(frozen=True)
 class SplitOptions:
     """opset: of every graph. argmax: what the LM head gives (`interface.ARGMAX_MODES`). passes: to the final form.
 
-    dtype: what the graphs compute in (`interface.DTYPES`).
+    dtype: what the graphs compute in (`interface.DTYPES`). flavor: of `FLAVORS`.
     """
 
     opset: int = DEFAULT_OPSET
     argmax: str = "none"
     passes: tuple[Pass, ...] = ()
     dtype: str = "float32"
+    flavor: str = names.PORTABLE
+
+    @property
+    def flavors(self) -> tuple[str, ...]:
+        """The flavors of the graphs, of `names.FLAVORS` and in their order."""
+        return FLAVORS[self.flavor]
 
     def __post_init__(self) -> None:
+        if self.flavor not in FLAVORS:
+            raise ExportError(f"flavor must be one of {', '.join(FLAVORS)}, found {self.flavor!r:.40}.")
+        if self.dtype == FLOAT16 and names.ORT in self.flavors:
+            raise ExportError(
+                f"Graphs of the flavor {names.ORT} are for onnxruntime on processors, which has no float16 products: "
+                "leave --dtype float16 or --flavor out."
+            )
         if self.opset not in OPSETS:
             raise ExportError(f"Opset {self.opset} cannot be exported, expected {OPSETS.start} to {OPSETS.stop - 1}.")
         if self.argmax not in ARGMAX_MODES:
@@ -97,7 +115,7 @@ def split(
     for warning in checkpoint.warnings:
         notice(warning)
     advance("check patches", 0)
-    check_patch(checkpoint.patch, checkpoint.config, options.dtype)
+    check_patch(checkpoint.patch, checkpoint.config, options.dtype, options.flavors)
     tied = heads_equal(checkpoint)
     if not tied:
         notice(
@@ -134,8 +152,10 @@ def _identity(draft: BundleDraft) -> dict[str, Any]:
 
 
 def _draft(checkpoint: Checkpoint, options: SplitOptions, tied: bool, notice: Notice) -> BundleDraft:
-    draft = draft_of_checkpoint(checkpoint, options.opset, options.argmax, tied, notice, options.dtype)
-    transforms = [transform.name for transform in checkpoint.patch.transforms]
+    draft = draft_of_checkpoint(checkpoint, options.opset, options.argmax, tied, notice, options.dtype, options.flavors)
+    patch = checkpoint.patch
+    transforms = [transform.name for flavor in options.flavors for transform in patch.transforms_of(flavor)]
+    transforms = [*dict.fromkeys(transforms)]
     draft = draft.with_step("split", opset=options.opset, argmax=options.argmax, transforms=transforms)
     for step in options.passes:
         draft = step.apply(draft, notice)

@@ -7,6 +7,7 @@ from typing import Any
 
 import onnx
 
+from glmexport import names
 from glmexport.config import ModelConfig
 from glmexport.graphs import GraphPart, patched_parts
 from glmexport.onnx_files import Array, stamp
@@ -16,10 +17,16 @@ from glmexport.trace import Skeleton, trace
 
 @lru_cache(maxsize=16)
 def skeleton_for(
-    patch: ModelPatch, config: ModelConfig, kind: str, argmax: str, opset: int, dtype: str = "float32"
+    patch: ModelPatch,
+    config: ModelConfig,
+    kind: str,
+    argmax: str,
+    opset: int,
+    dtype: str = "float32",
+    flavor: str = names.PORTABLE,
 ) -> Skeleton:
     """The skeleton of one kind of graph of a model; traced once in a process."""
-    part = next(part for part in patched_parts(patch, config, argmax, dtype) if part.spec.kind == kind)
+    part = next(part for part in patched_parts(patch, config, argmax, dtype, flavor) if part.spec.kind == kind)
     return trace(part.module, part.spec, opset)
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
+from pathlib import PurePosixPath
 from typing import Any
 
 import onnx
@@ -15,22 +17,24 @@ from glmexport.onnx_files import ExternalTensor, external_tensors, hidden_data, 
 def stored_tensors(bundle: Bundle, model: onnx.ModelProto, entry: Mapping[str, Any]) -> dict[str, ExternalTensor]:
     """Name -> place of every external tensor of a loaded graph, all of them inside the graph's own data file.
 
-    entry: the manifest's, of that graph. Raises BundleError for a place that is elsewhere or of another size,
-    and where the data file is not what the manifest says.
+    entry: the manifest's, of that graph in that flavor. Locations are relative to the bundle. Raises BundleError for a
+    place that is elsewhere or of another size, and where the data file is not what the manifest says.
     """
     hidden = hidden_data(model)
     if hidden is not None:
         raise BundleError(f"{entry['file']} has {hidden}, expected data in initializers alone; split the bundle again.")
     places = {}
-    bundle.whole_path(entry["data"])
+    data = entry["data"]
+    bundle.whole_path(data)
     for place in external_tensors(model, entry["file"]):
         end, expected = place.offset + place.length, stored_bytes(place.dtype, place.shape)
-        if place.location != entry["data"] or place.length != expected or end > bundle.files[entry["data"]].bytes:
+        inside = place.location == PurePosixPath(data).name  # beside the graph
+        if not inside or place.length != expected or end > bundle.files[data].bytes:
             raise BundleError(
                 f"{entry['file']}: {place.name} lies at bytes {place.offset} to {end} of {place.location!r:.60}, "
-                f"expected {expected} bytes inside {entry['data']}; split the bundle again."
+                f"expected {expected} bytes inside {data}; split the bundle again."
             )
-        places[place.name] = place
+        places[place.name] = dataclasses.replace(place, location=data)
     return places
 
 

@@ -31,7 +31,7 @@ FIRST_DYNAMO_OPSET = 18
 FIRST_NORM_OPSET = 17
 """LayerNormalization is one operator from here on, which computes in float32 inside; below, it is several."""
 
-TRACED_LENGTHS = {"batch": 2, "seq": 3, "past": 4, "total": 7}
+TRACED_LENGTHS = {"batch": 2, "seq": 3, "past": 4, "total": 7, "capacity": 11}
 """Sizes of the dynamic axes while tracing: distinct, so that no two axes are taken for one."""
 
 

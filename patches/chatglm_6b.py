@@ -15,6 +15,7 @@ from glmexport.models import chatglm_6b as reference
 from glmexport.patch import ModelPatch, Transform
 
 from ._attention import MatMulAttention, SplitHeads, TensorCacheAttention
+from ._in_place import BatchFirstRotary2D, GeluMLP, InPlaceAttention
 from ._linear import GemmLinear, MatMulLinear
 from ._modules import replace_modules
 from ._rope import AngleRotary2D
@@ -115,6 +116,25 @@ def tensor_cache(model: nn.Module) -> nn.Module:
     return replace_modules(model, reference.SelfAttention, TensorCacheAttention)
 
 
+def batch_first_rotary(model: nn.Module) -> nn.Module:
+    """The rotary table becomes cos and sin of the positions, for heads before places."""
+
+    def make(module: reference.RotaryEmbedding2D) -> nn.Module:
+        return BatchFirstRotary2D(reference.inverse_frequencies(module.head_dim // 2, "cpu"))
+
+    return replace_modules(model, reference.RotaryEmbedding2D, make)
+
+
+def in_place_cache(model: nn.Module) -> nn.Module:
+    """Tuple KV becomes two caches that are written into."""
+    return replace_modules(model, reference.SelfAttention, InPlaceAttention)
+
+
+def gelu(model: nn.Module) -> nn.Module:
+    """The activation's formula becomes GELU."""
+    return replace_modules(model, reference.MLP, GeluMLP)
+
+
 def matmul_linear(model: nn.Module) -> nn.Module:
     """The blocks' linear layers multiply with weights stored [in, out]."""
     for module in model.modules():
@@ -131,6 +151,12 @@ def gemm_head(model: nn.Module) -> nn.Module:
     model.lm_head = GemmLinear(head)
     return model
 
+
+STORED_AS_MULTIPLIED = (
+    Transform("matmul-linear", "Transpose of every weight at load -> weights stored as [in, out]", matmul_linear),
+    Transform("gemm-head", "Transpose of the LM head at load -> Gemm on [vocab, hidden]", gemm_head),
+)
+"""In both flavors, which read the same files."""
 
 CHATGLM_6B = ModelPatch(
     name=NAME,
@@ -149,8 +175,14 @@ CHATGLM_6B = ModelPatch(
         ),
         # keeps the modules that the transforms above put in place, so it comes after them
         Transform("tensor-cache", "tuple KV -> past_key_values [2, past, batch, heads, head_dim]", tensor_cache),
-        Transform("matmul-linear", "Transpose of every weight at load -> weights stored as [in, out]", matmul_linear),
-        Transform("gemm-head", "Transpose of the LM head at load -> Gemm on [vocab, hidden]", gemm_head),
+        *STORED_AS_MULTIPLIED,
+    ),
+    in_place_transforms=(
+        Transform("batch-first-rotary", "rotary table -> cos, sin of the positions, heads first", batch_first_rotary),
+        # keeps the rotary that the transform above put in place, so it comes after it
+        Transform("in-place-cache", "tuple KV -> TensorScatter into caches, Attention over them", in_place_cache),
+        Transform("gelu", "the tanh formula -> Gelu", gelu),
+        *STORED_AS_MULTIPLIED,
     ),
     embedding="transformer.word_embeddings",
     block="transformer.layers.{block_id}",

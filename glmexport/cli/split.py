@@ -56,6 +56,14 @@ class SplitCommand(click.Command):
     show_default=True,
     help="What the graphs compute in; float16, for GPUs, halves weights, KV cache and activations.",
 )
+@click.option(
+    "--flavor",
+    type=click.Choice(["portable", "ort", "both"]),
+    default="portable",
+    show_default=True,
+    help="Graphs for any runtime, with a KV cache that grows; for onnxruntime, in ort/, with one that they write into; "
+    "or both, with the same weights.",
+)
 @click.option("--slim", is_flag=True, help="Drop the image-token rows, as `glmexport slim` does.")
 @slim_options
 @click.option(
@@ -87,6 +95,7 @@ def command(
     opset: int,
     argmax: str,
     dtype: str,
+    flavor: str,
     force: bool,
     resume: bool,
     dry_run: bool,
@@ -110,6 +119,7 @@ def command(
     Examples:
       glmexport split chatglm-6b/ -o bundle/
       glmexport split chatglm-6b/ -o int4/ --slim --embedding bf16 --quantize int4
+      glmexport split chatglm-6b/ -o fast/ --slim --embedding bf16 --quantize int4 --flavor both
       glmexport split chatglm-6b/ -o half/ --dtype float16
       glmexport split chatglm-6b/ -o bundle/ --dry-run
       glmexport split zai-org/chatglm-6b --revision v1.1.0 -o bundle/ --argmax --verify
@@ -125,7 +135,7 @@ def command(
     if not dry_run:
         check_output(bundle, force=force)  # before a hub download that might take hours
     with open_checkpoint(checkpoint, revision) as source:
-        split_options = SplitOptions(opset, argmax, passes_of_options(options, source.config.num_blocks), dtype)
+        split_options = SplitOptions(opset, argmax, passes_of_options(options, source.config.num_blocks), dtype, flavor)
         check_apart(source.directory, bundle)
         plan = plan_split(source, split_options)
         if dry_run:

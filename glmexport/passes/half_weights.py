@@ -111,9 +111,7 @@ def _halved(graph: GraphDraft) -> GraphDraft:
     if not chosen:
         return graph
     tensors = tuple(HalfMatrix(tensor) if tensor.name in chosen else tensor for tensor in graph.tensors)
-    return graph.changed(
-        tensors=tensors, make_model=lambda: casting(graph.make_model(), chosen), matrices=graph.matrices
-    )
+    return graph.changed(lambda model: casting(model, chosen), tensors=tensors)
 
 
 def casting(model: onnx.ModelProto, chosen: list[str]) -> onnx.ModelProto:

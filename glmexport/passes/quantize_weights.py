@@ -62,11 +62,10 @@ class QuantizePass:
             for part in (chosen[tensor.name].tensors if tensor.name in chosen else (tensor,))
         ]
 
-        def make_model() -> onnx.ModelProto:
-            return quantized_graph(graph.make_model(), chosen, self.form)
-
         records = {name: matrix.record for name, matrix in chosen.items()}
-        return graph.changed(tensors=tuple(tensors), make_model=make_model, matrices=records)
+        return graph.changed(
+            lambda model: quantized_graph(model, chosen, self.form), tensors=tuple(tensors), matrices=records
+        )
 
 
 def demand_quantizable(draft: BundleDraft) -> None:

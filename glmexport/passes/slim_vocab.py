@@ -18,7 +18,6 @@ from glmexport.config import ModelConfig
 from glmexport.draft import BundleDraft, GraphDraft, Notice, Record
 from glmexport.errors import BundleError, RecipeError
 from glmexport.form import Slim, kept_special_ids, slimmed_config
-from glmexport.interface import graph_spec, value_info
 from glmexport.onnx_files import Array
 from glmexport.tensors import SelectedRows
 from glmexport.tokenizer import Tokenizer
@@ -128,12 +127,11 @@ def _slim_graph(draft: BundleDraft, graph: GraphDraft, vocabulary: VocabularyMap
     """The embedding or head, with the kept rows: what has two axes or more has the vocabulary on the first."""
     tensors = tuple(SelectedRows(tensor, vocabulary) if len(tensor.shape) > 1 else tensor for tensor in graph.tensors)
     dropped = (vocabulary.full_size - vocabulary.size) * draft.config.hidden_size
-    outputs = graph_spec(graph.name, draft.config, draft.argmax, draft.form.dtype).outputs
 
-    def make_model() -> onnx.ModelProto:
-        model = graph.make_model()
-        del model.graph.output[:]
-        model.graph.output.extend(value_info(tensor) for tensor in outputs)
+    def change(model: onnx.ModelProto) -> onnx.ModelProto:
+        for value in model.graph.output:
+            if value.name == names.LOGITS:
+                value.type.tensor_type.shape.dim[-1].dim_value = vocabulary.size
         for node in model.graph.node:
             if node.op_type == "MatMulNBits":
                 for attribute in node.attribute:
@@ -143,9 +141,7 @@ def _slim_graph(draft: BundleDraft, graph: GraphDraft, vocabulary: VocabularyMap
 
     # errors were measured over all rows, so those of the rows that are left are not known
     matrices = {name: _unmeasured(record(), vocabulary) for name, record in graph.matrices.items()}
-    return graph.changed(
-        tensors=tensors, parameters=graph.parameters - dropped, make_model=make_model, matrices=matrices
-    )
+    return graph.changed(change, tensors=tensors, parameters=graph.parameters - dropped, matrices=matrices)
 
 
 def _unmeasured(record: Mapping[str, Any], vocabulary: VocabularyMap) -> Record:

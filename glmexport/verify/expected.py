@@ -22,7 +22,9 @@ def expected_draft(bundle: Bundle, checkpoint: Checkpoint) -> BundleDraft:
     Raises GlmExportError where there is no such form of this checkpoint.
     """
     form = bundle.form
-    draft = draft_of_checkpoint(checkpoint, bundle.opset, bundle.argmax, heads_equal(checkpoint), dtype=form.dtype)
+    draft = draft_of_checkpoint(
+        checkpoint, bundle.opset, bundle.argmax, heads_equal(checkpoint), dtype=form.dtype, flavors=form.flavors
+    )
     if form.slim is not None:
         draft = slim_to(draft, form.slim.vocabulary)
     if form.slim is not None or form.vocabulary_file in bundle.files:

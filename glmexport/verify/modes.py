@@ -1,9 +1,12 @@
-"""The ways to run a bundle that it is verified in: one for onnxruntime, for MNN one for each mode of memory."""
+"""The ways to run a bundle that it is verified in: for onnxruntime each flavor, for MNN each mode of memory."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
 
 from glmexport import names
 from glmexport.bundle import Bundle
@@ -30,7 +33,7 @@ class Mode:
     """One way to run a bundle, and what it is held to.
 
     label: after the name of a case. exact: whether products are float32 ones of the stored weights, so that they can be
-    held to these as well.
+    held to these as well. flavor: of the graphs.
     """
 
     session: Session
@@ -38,6 +41,15 @@ class Mode:
     tolerances: Mapping[str, Tolerance]
     budgets: Mapping[str, ChainBudget]
     exact: bool = False
+    flavor: str = names.PORTABLE
+
+    def comparable(self, mask: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
+        """Which places [seq, batch] of hidden states are held to the reference. mask: bool [batch, 1, seq, total].
+
+        All, but for padding that sees nothing where attention over nothing is 0 instead of the mean of everything.
+        """
+        blind: npt.NDArray[np.bool_] = mask[:, 0].all(-1).T
+        return ~blind if self.flavor == names.ORT else np.ones_like(blind)
 
 
 @dataclass
@@ -55,7 +67,10 @@ class ModeRun(Run):
 def modes_of(bundle: Bundle) -> Iterator[Mode]:
     """Each with a session of its own, which the caller closes. Raises BundleError where the runtime is missing."""
     if bundle.runtime == names.ONNX:
-        yield Mode(Session(bundle, memory_limit=MEMORY_LIMIT, read_ahead=0), "", TOLERANCES, CHAIN_BUDGETS)
+        for flavor in bundle.flavors:
+            session = Session(bundle, memory_limit=MEMORY_LIMIT, read_ahead=0, flavor=flavor)
+            label = "" if flavor == names.PORTABLE else f", {flavor}"
+            yield Mode(session, label, TOLERANCES, CHAIN_BUDGETS, flavor=flavor)
         return
     integers = any(record["bits"] < FLOAT_BITS for entry in bundle.graphs for record in entry["matrices"].values())
     for memory in MNN_TOLERANCES if integers else (NORMAL,):  # low mode is normal mode where there are no integers

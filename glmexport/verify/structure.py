@@ -47,13 +47,14 @@ def check_structure(bundle: Bundle, expected: BundleDraft, advance: Callable[[st
     differ = [tool for tool in EXPORT_TOOLS if not isinstance(made_with, dict) or made_with.get(tool) != ours[tool]]
     failed = False
     for graph, entry in zip(expected.graphs, bundle.graphs, strict=True):
-        model = load_graph(bundle.whole_path(entry["file"]))
-        complaints = [
-            *_entry_complaints(expected, graph, model, entry),
-            *_weight_complaints(bundle, graph, entry, model),
-        ]
+        flavored = bundle.flavored(entry)
+        models = {flavor: load_graph(bundle.whole_path(one["file"])) for flavor, one in flavored.items()}
+        complaints = list(_entry_complaints(expected, graph, models, entry))
+        for flavor, model in models.items():
+            complaints += _weight_complaints(bundle, graph, flavored[flavor], model)
         if not complaints and not differ:
-            complaints = list(_trace_complaints(graph, model))
+            for flavor, model in models.items():
+                complaints += _trace_complaints(graph, flavor, model)
         advance(f"structure {graph.name}")
         if complaints:
             failed = True
@@ -139,9 +140,9 @@ def _survives(slimmed: Tokenizer, text: str, old_id: int, through_full: Array) -
 
 
 def _entry_complaints(
-    expected: BundleDraft, graph: GraphDraft, model: onnx.ModelProto, entry: Mapping[str, Any]
+    expected: BundleDraft, graph: GraphDraft, models: Mapping[str, onnx.ModelProto], entry: Mapping[str, Any]
 ) -> Iterator[str]:
-    ours = _unmeasured(graph_entry(expected, graph, model))
+    ours = _unmeasured(graph_entry(expected, graph, models))
     theirs = _unmeasured(entry)
     wrong = sorted(key for key in {*ours, *theirs} if ours.get(key) != theirs.get(key))
     if wrong:
@@ -177,14 +178,15 @@ def _holds(bundle: Bundle, place: ExternalTensor, tensor: ArrayTensor) -> bool:
     return holds(bundle.directory, place, tensor.shape, rows_of(tensor.value))
 
 
-def _trace_complaints(graph: GraphDraft, model: onnx.ModelProto) -> Iterator[str]:
+def _trace_complaints(graph: GraphDraft, flavor: str, model: onnx.ModelProto) -> Iterator[str]:
     try:
-        expected = with_tensors(graph.make_model(), external_tensors(model, graph.name))
+        expected = with_tensors(graph.models[flavor](), external_tensors(model, graph.name))
     except BundleError as error:
         yield str(error)
         return
     if model.SerializeToString(deterministic=True) != expected.SerializeToString(deterministic=True):
-        yield f"{names.graph_file(graph.name)} is not what a fresh trace gives: {_first_difference(model, expected)}."
+        file = names.in_flavor(names.graph_file(graph.name), flavor)
+        yield f"{file} is not what a fresh trace gives: {_first_difference(model, expected)}."
 
 
 def _first_difference(found: onnx.ModelProto, expected: onnx.ModelProto) -> str:
