@@ -48,7 +48,7 @@ class Mode:
 
         All, but for padding that sees nothing where attention over nothing is 0 instead of the mean of everything.
         """
-        blind: npt.NDArray[np.bool_] = mask[:, 0].all(-1).T
+        blind = np.asarray(mask[:, 0].all(-1)).T
         return ~blind if self.flavor == names.ORT else np.ones_like(blind)
 
 
