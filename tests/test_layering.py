@@ -89,10 +89,10 @@ LAYERS = (
         "mnn_llm.following",
     ),
     (
-        *("conversation", "evaluation"),
+        *("api", "conversation", "evaluation", "passes.choose_bits", "verify.expected"),
         *("mnn_llm.check", "mnn_llm.inputs", "mnn_llm.position_probe"),
     ),
-    ("api", "passes.choose_bits", "verify.expected", "mnn_llm.package"),
+    ("mnn_llm.package",),
     ("convert.mnn", "verify.check"),
     ("verify",),
     ("cli.interrupt",),
