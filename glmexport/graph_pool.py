@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
+from functools import cache
 from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
@@ -95,7 +96,9 @@ class GraphPool:
     def open_resident(self, advance: Callable[[str, int], None]) -> None:
         """Open, side by side, all that is to be kept. advance: takes (graph, its bytes) as each is done."""
         kept = (*self.placement.gpu, *self.placement.resident)
-        for name in kept:
+        for name in sorted(
+            kept, key=lambda name: -self.sizes[name]
+        ):  # the head packed last would keep one core waiting
             self._begin(name)
         for name in kept:
             self.get(name)
@@ -175,8 +178,11 @@ class GraphPool:
     def _open_with_onnxruntime(self, graph: str, path: Path) -> OpenGraph:
         import onnxruntime  # type: ignore[import-untyped]
 
+        share_arena()
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 4  # what it would log is raised too
+        options.add_session_config_entry("session.use_env_allocators", "1")
+        options.add_session_config_entry("session.use_device_allocator_for_initializers", "1")  # they go when it does
         # every graph has threads of its own: those of one must not spin while the next one runs
         options.add_session_config_entry("session.force_spinning_stop", "1")
         if not self._bundle.graph(graph)["matrices"]:
@@ -222,6 +228,21 @@ class GraphPool:
                 "build of onnxruntime that has one, or choose another."
             )
         return [*wanted, *([] if CPU_PROVIDER in wanted else [CPU_PROVIDER])]
+
+
+@cache
+def share_arena() -> None:
+    """Have all graphs of the process take the memory of what they compute from one place.
+
+    An arena of its own keeps, for each graph, what the longest prompt took: 28 times 260 MB after 512 tokens at full
+    size (onnxruntime 1.31). Of one that they share every graph uses the same memory in its turn.
+    """
+    import onnxruntime
+
+    place = onnxruntime.OrtMemoryInfo(
+        "Cpu", onnxruntime.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, onnxruntime.OrtMemType.DEFAULT
+    )
+    onnxruntime.create_and_register_allocator(place, None)
 
 
 def _read_ahead(path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,9 @@ from glmexport.slot_cache import SlotCache
 Array = npt.NDArray[Any]
 
 DEVICE = "cpu"
+LONG = 64
+"""Places of a prompt from which on memory is given back after it: what 512 take is half a gigabyte at full size, and
+nothing that follows needs as much."""
 
 
 class _Step:
@@ -90,15 +94,17 @@ class InPlaceBlocks:
         for the first row. blocks: ids, by default those that the cache is for.
         Returns an array that the next call overwrites. Raises BundleError.
         """
+        if self._step is not None and self._step.cache is not cache:
+            self._step = None  # an earlier cache may go before this one grows
         cache.reserve(attention_mask.shape[-1])
         batch, seq, width = hidden.shape
         step = self._step
         if step is None or step.key != _key(cache, first_slot, (batch, seq, width)):
             self._step = step = _Step(cache, first_slot, (batch, seq, width))
         step.fill(hidden, attention_mask, position_ids, write_indices)
-        turn = 0
-        for block_id in cache.blocks if blocks is None else blocks:
-            self._run_block(step, block_id, turn)
+        turn, ids = 0, cache.blocks if blocks is None else blocks
+        for block_id in ids:
+            self._run_block(step, block_id, turn, tidy=block_id == ids[-1] and seq >= LONG)
             turn = 1 - turn
         return step.hidden[turn]
 
@@ -106,14 +112,14 @@ class InPlaceBlocks:
         """Let go of the arrays of the latest call, the cache among them."""
         self._step = None
 
-    def _run_block(self, step: _Step, block_id: int, turn: int) -> None:
+    def _run_block(self, step: _Step, block_id: int, turn: int, *, tidy: bool) -> None:
         graph = names.block_name(block_id)
         session: Any = self._pool.get(graph)
         opened, of_turn, binding = step.bound.get(graph, (None, turn, None))
         try:
             if opened is not session or of_turn != turn:
                 binding = step.bind(session, block_id, turn)
-            session.run_with_iobinding(binding)
+            session.run_with_iobinding(binding, _giving_back() if tidy else None)
         except Exception as error:  # onnxruntime's own errors share no public base class
             file = names.in_flavor(names.graph_file(graph), names.ORT)
             raise BundleError(
@@ -121,6 +127,16 @@ class InPlaceBlocks:
             ) from error
         if graph not in self._pool.placement.streamed:  # a binding keeps its graph open
             step.bound[graph] = session, turn, binding
+
+
+@functools.cache
+def _giving_back() -> Any:
+    """Options of a run after which onnxruntime gives back the memory that its computations took."""
+    import onnxruntime  # type: ignore[import-untyped]
+
+    options = onnxruntime.RunOptions()
+    options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
+    return options
 
 
 def _key(cache: SlotCache, first: int, shape: tuple[int, int, int]) -> tuple[Any, ...]:
