@@ -104,12 +104,14 @@ class Bundle:
     @property
     def total_bytes(self) -> int:
         """Bytes of all files but the manifest; what two flavors share counts once."""
+        return sum(self.distinct_sizes.values())
+
+    @property
+    def distinct_sizes(self) -> dict[str, int]:
+        """File -> bytes, without the data of a flavor that another one has too: on disk they are one file."""
         data = names.data_file("")
-        return sum(
-            record.bytes
-            for name, record in self.files.items()
-            if not (name.endswith(data) and "/" in name and Path(name).name in self.files)
-        )
+        shared = {name for name in self.files if "/" in name and name.endswith(data) and Path(name).name in self.files}
+        return {name: record.bytes for name, record in self.files.items() if name not in shared}
 
     @property
     def beyond_cache(self) -> bool:

@@ -7,7 +7,7 @@ from typing import Any
 
 from glmexport import names
 from glmexport.bundle import Bundle
-from glmexport.errors import GlmExportError
+from glmexport.plotting import save_png, two_parts
 
 PARTS = ("embedding", "blocks", "LM head", "other")
 
@@ -35,42 +35,24 @@ def part_sizes(bundle: Bundle) -> dict[str, int]:
     """Bytes of the embedding, all blocks, the LM head, and everything else but the manifest."""
     sizes = dict.fromkeys(PARTS, 0)
     table = bundle.form.embedding_file
-    for name, record in bundle.files.items():
-        graph = name.removesuffix(".data").removesuffix(".onnx")
+    for name, count in bundle.distinct_sizes.items():
+        graph = name.removeprefix(f"{names.ORT}/").removesuffix(".data").removesuffix(".onnx")
         if name == table or graph == names.EMBEDDING:
             part = "embedding"
         elif names.block_id_of(graph) is not None:
             part = "blocks"
         else:
             part = "LM head" if graph == names.HEAD else "other"
-        sizes[part] += record.bytes
+        sizes[part] += count
     return sizes
-
-
-def demand_matplotlib() -> None:
-    """Raise GlmExportError where there is no matplotlib, before anything long is begun."""
-    try:
-        import matplotlib  # noqa: F401 - only whether it is there
-    except ImportError as error:
-        raise GlmExportError(
-            "--plot needs matplotlib, which is not installed: pip install 'glmexport[plot]'."
-        ) from error
 
 
 def plot_report(report: dict[str, Any], path: Path) -> None:
     """Draw the errors by block and matrix, and the sizes by part, into a PNG file. Raises GlmExportError."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 4.2), layout="constrained")
-    FigureCanvasAgg(figure)
-    errors, sizes = figure.subplots(1, 2, width_ratios=(3, 2))
+    figure, errors, sizes = two_parts()
     _plot_errors(errors, report["matrices"])
     _plot_sizes(sizes, report)
-    try:
-        figure.savefig(path, dpi=120, format="png")
-    except OSError as error:
-        raise GlmExportError(f"{path} could not be written ({error.strerror}); choose another file.") from error
+    save_png(figure, path)
 
 
 def _plot_errors(axes: Any, matrices: list[dict[str, Any]]) -> None:

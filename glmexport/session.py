@@ -126,7 +126,7 @@ class Session:
 
     def plan(self, length: int) -> Placement:
         """Where the graphs would be with a KV cache of so many places."""
-        return self._pool.placed(self.kv_bytes(1, length))
+        return self._pool.placed(self._held_kv_bytes(1, length))
 
     @property
     def graph_sizes(self) -> Mapping[str, int]:
@@ -150,9 +150,11 @@ class Session:
 
     def kv_bytes(self, batch: int, length: int) -> int:
         """Bytes of the KV cache of all blocks for so many rows and places."""
-        if self._in_place is not None:
-            length = capacity_for(length)
         return self.config.num_blocks * kv_cache_bytes(self.config, batch, length, self.bundle.form.float_bytes)
+
+    def _held_kv_bytes(self, batch: int, length: int) -> int:
+        """The same with the room to grow that the cache has."""
+        return self.kv_bytes(batch, length if self._in_place is None else capacity_for(length))
 
     def forward(self, input_ids: Array, attention_mask: Array, position_ids: Array, pasts: Pasts) -> Array:
         """Run embedding and blocks; returns hidden states [seq, batch, hidden] and grows `pasts` in place.
@@ -161,7 +163,7 @@ class Session:
         [batch, 2, seq]; pasts: one KV cache a block, as `empty_pasts` gives and earlier calls grew. Raises BundleError.
         """
         batch, total = input_ids.shape[0], attention_mask.shape[-1]
-        self._pool.reserve(self.kv_bytes(batch, total))
+        self._pool.reserve(self._held_kv_bytes(batch, total))
         if isinstance(pasts, SlotCache):
             return self._in_place_steps(pasts, self._embed(input_ids), attention_mask, position_ids)
         hidden = self.embed(input_ids)

@@ -24,6 +24,7 @@ COMMANDS = {
     "convert": ("glmexport.cli.convert", "Convert a bundle to another runtime's format: MNN."),
     "verify": ("glmexport.cli.verify", "Prove a bundle equal to the PyTorch reference."),
     "package": ("glmexport.cli.package", "Make the folder that MNN's LLM engine runs on phones."),
+    "bench": ("glmexport.cli.bench", "Measure speed and memory beside what the computer's memory allows."),
     "generate": ("glmexport.cli.generate", "Continue a prompt with a bundle."),
     "chat": ("glmexport.cli.chat", "Chat with a bundle in the terminal."),
     "eval": ("glmexport.cli.evaluate", "Exact answers and perplexity of bundles over a file of examples."),

@@ -59,7 +59,8 @@ def command(
       glmexport quantize bundle/ -o best/ --auto --target-size 3.2GB
     """
     from glmexport.bundle import open_bundle
-    from glmexport.quantize_report import demand_matplotlib, plot_report, quantize_report
+    from glmexport.plotting import demand_matplotlib
+    from glmexport.quantize_report import plot_report, quantize_report
 
     if plot is not None:
         demand_matplotlib()

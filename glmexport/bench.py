@@ -1,0 +1,285 @@
+"""How fast a bundle runs, beside the least that reading its weights and KV cache takes on the same computer."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from glmexport import names
+from glmexport.errors import BundleError, GlmExportError
+from glmexport.generation import Decoder
+from glmexport.machine import BandwidthReader, read_cpu, read_memory
+from glmexport.plotting import save_png, two_parts
+from glmexport.session import Pasts, Session
+from glmexport.slot_cache import SlotCache
+
+Array = npt.NDArray[Any]
+Advance = Callable[[str, int], None]
+
+PASTS = (16, 256, 1024, 1900)
+BATCHES = (1, 2, 4, 8)
+LENGTHS = (16, 64, 256, 1024)
+HISTORY = 1024
+"""Places in the KV cache of the run whose memory is reported."""
+
+FIRST_PROMPT = 16
+"""Tokens of the prompt whose first token is waited for."""
+
+DECODE, PREFILL = "decode", "prefill"
+SHARE = 0.8
+"""Of the memory that is available, which KV caches may take; a portable graph holds its block's cache thrice."""
+
+LEAST_RUNS, LEAST_SECONDS = 5, 1.0
+LONG_SECONDS = 4.0
+"""A run that takes longer is measured once more, and not five times."""
+
+BANDWIDTH_SECONDS = 0.2
+
+
+@dataclass(frozen=True)
+class BenchOptions:
+    """Places in the KV cache before a token that is decoded, rows at once, tokens of prompts. threads: of `Session`."""
+
+    pasts: tuple[int, ...] = PASTS
+    batches: tuple[int, ...] = BATCHES
+    lengths: tuple[int, ...] = LENGTHS
+    flavor: str | None = None
+    threads: int | None = None
+
+    def __post_init__(self) -> None:
+        if min((*self.pasts, *self.batches, *self.lengths), default=1) < 1:
+            raise GlmExportError("Rows, places and lengths must be 1 or more.")
+
+
+@dataclass(frozen=True)
+class BenchRow:
+    """One measurement. length: tokens a row that were fed at once. ms: for all rows, the median of several runs.
+
+    bound_ms: what reading all weights once and the KV cache of every row takes at the memory bandwidth measured in the
+    same run. For a long prompt it is arithmetic that takes the time.
+    """
+
+    kind: str
+    batch: int
+    past: int
+    length: int
+    ms: float
+    bound_ms: float
+    tokens_per_s: float
+
+    @property
+    def ratio(self) -> float:
+        """Measured / bound."""
+        return self.ms / self.bound_ms
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a process of its own measured. Seconds count from before it was started; bytes as the system counts them.
+
+    load_s: until all graphs are open. first_token_s: until a prompt of FIRST_PROMPT tokens has its first token.
+    peak_rss_bytes: at most, HISTORY tokens of history included. kv_bytes: of these.
+    """
+
+    load_s: float
+    first_token_s: float
+    peak_rss_bytes: int
+    kv_bytes: int
+
+
+@dataclass
+class BenchReport:
+    """All of it. weight_bytes: of the graphs that every token goes through. left_out: what memory is too small for."""
+
+    bundle: str
+    flavor: str
+    weight_bytes: int
+    start: Start
+    bandwidth: float = 0.0
+    rows: list[BenchRow] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)
+
+    def as_json(self) -> dict[str, Any]:
+        """For programs; `load_s` and `peak_rss_bytes` are those of `start`."""
+        return {
+            "bundle": self.bundle,
+            "flavor": self.flavor,
+            "weight_bytes": self.weight_bytes,
+            "rows": [dataclasses.asdict(row) for row in self.rows],
+            **dataclasses.asdict(self.start),
+            "bandwidth_gb_s": self.bandwidth / 1e9,
+            "left_out": self.left_out,
+        }
+
+
+def bench(bundle: Path, options: BenchOptions, advance: Advance) -> BenchReport:
+    """Measure. advance: takes (what, 1) before each part, `progress_total` times. Raises GlmExportError."""
+    advance("start", 1)
+    start = _start_apart(bundle, options)
+    memory = read_memory()
+    with Session(bundle, flavor=options.flavor, threads=options.threads) as session:
+        reader = BandwidthReader(options.threads or read_cpu().cores, memory.available)
+        weights = sum(size for name, size in session.graph_sizes.items() if name != names.EMBEDDING)
+        report = BenchReport(str(bundle), session.flavor, weights, start)
+        session.load()
+        found: list[tuple[BenchRow, int]] = []
+        for kind, batch, past, length in _plan(session, options):
+            what = f"{kind} {batch} x {past or length}"
+            advance(what, 1)
+            needed = session.kv_bytes(batch, past + length) * (1 if session.flavor == names.ORT else 3)
+            if memory.available is not None and needed > SHARE * memory.available - weights:
+                report.left_out.append(f"{what} (a KV cache of {needed / 1e9:.1f} GB)")
+                continue
+            reader.read(BANDWIDTH_SECONDS)
+            seconds = _median(_runs(session, batch, past, length))
+            read = weights + session.kv_bytes(batch, past + length) * (kind == DECODE)
+            found.append((BenchRow(kind, batch, past, length, seconds * 1e3, 0.0, batch * length / seconds), read))
+        reader.read(BANDWIDTH_SECONDS)
+    report.bandwidth = reader.best
+    report.rows = [dataclasses.replace(row, bound_ms=read / reader.best * 1e3) for row, read in found]
+    return report
+
+
+def progress_total(options: BenchOptions) -> int:
+    """How often `bench` calls `advance`, at most."""
+    return 1 + len(options.lengths) + len(options.batches) * len(options.pasts)
+
+
+def _plan(session: Session, options: BenchOptions) -> Iterator[tuple[str, int, int, int]]:
+    """(kind, batch, past, length) of every row that the model has positions for."""
+    most = session.config.max_positions
+    yield from ((PREFILL, 1, 0, length) for length in options.lengths if 2 < length <= most)
+    for batch in options.batches:
+        yield from ((DECODE, batch, past, 1) for past in options.pasts if past < most)
+
+
+def _runs(session: Session, batch: int, past: int, length: int) -> Callable[[], None]:
+    """A function that feeds `length` tokens a row after `past` places."""
+    ids = session.config.special_ids
+    if past == 0:
+        prompt = [*_words(session, length - 2), ids.gmask, ids.bos]
+        return lambda: _drop(Decoder(session, [prompt] * batch).prefill())
+    filled, tokens = filled_cache(session, batch, past), np.array([_words(session, 1)] * batch, np.int64)
+    mask = np.zeros((batch, 1, 1, past + 1), np.bool_)
+    positions = np.full((batch, 2, 1), past // 2, np.int64)
+
+    def decode() -> None:
+        kept: Pasts = filled if isinstance(filled, SlotCache) else [*filled]  # the same places are written each time
+        _drop(session.head(session.forward(tokens, mask, positions, kept)))
+
+    return decode
+
+
+def filled_cache(session: Session, batch: int, length: int) -> Pasts:
+    """A KV cache that holds `length` places of random numbers: pages of zeros would all be the same one."""
+    config, cache = session.config, session.empty_pasts(batch)
+    random = np.random.default_rng(0)
+    places = random.standard_normal((config.num_heads, length, config.head_dim), np.float32)
+    if isinstance(cache, SlotCache):
+        cache.reserve(length + 1)
+        for array in (*cache.keys, *cache.values):
+            array[:, :, :length] = places
+        return cache
+    turned = places.transpose(1, 0, 2)[None, :, None].astype(session.bundle.form.dtype)
+    shape = (2, length, batch, config.num_heads, config.head_dim)
+    return [np.broadcast_to(turned, shape).copy() for _ in range(config.num_blocks)]
+
+
+def _words(session: Session, count: int) -> list[int]:
+    """Some ids of text."""
+    ids = session.config.special_ids
+    special = {ids.mask, ids.gmask, ids.bos, ids.eos, ids.pad}
+    word = next((number for number in range(session.config.num_image_tokens, 64) if number not in special), 0)
+    return [word] * count
+
+
+def _median(run: Callable[[], None]) -> float:
+    """Seconds of a run, after one that does not count."""
+    if _timed(run) > LONG_SECONDS:
+        return _timed(run)
+    times: list[float] = []
+    while len(times) < LEAST_RUNS or sum(times) < LEAST_SECONDS:
+        times.append(_timed(run))
+    return statistics.median(times)
+
+
+def _timed(run: Callable[[], None]) -> float:
+    begun = time.perf_counter()
+    run()
+    return time.perf_counter() - begun
+
+
+def _drop(outputs: Any) -> None:
+    """What was computed is of no use."""
+
+
+def _start_apart(bundle: Path, options: BenchOptions) -> Start:
+    """Have another process load the bundle and run it: memory that this one has touched would count."""
+    request = {
+        "bundle": str(bundle.resolve()),
+        "flavor": options.flavor,
+        "threads": options.threads,
+        "begun": time.time(),
+    }
+    command = [sys.executable, "-c", f"from {__name__} import start_here as run; run()", json.dumps(request)]
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+    if done.returncode:
+        said = done.stderr.strip().splitlines()[-1:] or ["nothing"]
+        raise BundleError(f"{bundle} could not be run ({said[0]:.300}).")
+    return Start(**json.loads(done.stdout))
+
+
+def start_here() -> None:
+    """In a process of its own: load, prefill, decode after HISTORY places, print a `Start` as JSON."""
+    request = json.loads(sys.argv[1])
+    begun = request["begun"]
+    try:
+        with Session(request["bundle"], flavor=request["flavor"], threads=request["threads"]) as session:
+            session.load()
+            loaded = time.time() - begun
+            ids = session.config.special_ids
+            _drop(Decoder(session, [[*_words(session, FIRST_PROMPT - 2), ids.gmask, ids.bos]]).prefill())
+            first = time.time() - begun
+            past = min(HISTORY, session.config.max_positions - 1)
+            _runs(session, 1, past, 1)()
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+            start = Start(loaded, first, peak, session.kv_bytes(1, past + 1))
+    except GlmExportError as error:
+        sys.exit(str(error))
+    sys.stdout.write(json.dumps(dataclasses.asdict(start)))
+
+
+def plot_bench(report: BenchReport, path: Path) -> None:
+    """Draw milliseconds a token over the history, beside their bounds, and prefill speed, into a PNG file.
+
+    Raises GlmExportError.
+    """
+    figure, decode, prefill = two_parts()
+    for number, batch in enumerate(sorted({row.batch for row in report.rows if row.kind == DECODE})):
+        rows = [row for row in report.rows if row.kind == DECODE and row.batch == batch]
+        pasts, color = [row.past for row in rows], f"C{number}"
+        label = f"{batch} row" + "s" * (batch > 1)
+        decode.plot(pasts, [row.ms for row in rows], color=color, marker="o", markersize=4, label=label)
+        decode.plot(pasts, [row.bound_ms for row in rows], color=color, linestyle=":", linewidth=1.2)
+    decode.plot([], [], color="0.4", linestyle=":", label="reading weights and KV cache")
+    decode.set(title="Time of a step", xlabel="tokens in the KV cache", ylabel="milliseconds")
+    rows = [row for row in report.rows if row.kind == PREFILL]
+    prefill.plot([row.length for row in rows], [row.tokens_per_s for row in rows], marker="o", markersize=4)
+    prefill.set(title="Prefill", xlabel="tokens of the prompt", ylabel="tokens a second")
+    for axes in (decode, prefill):
+        axes.set_ylim(bottom=0)
+        axes.grid(alpha=0.3)
+    decode.legend(fontsize=8)
+    save_png(figure, path)
