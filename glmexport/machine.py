@@ -106,7 +106,7 @@ def read_bandwidth(threads: int, available: int | None = None, *, seconds: float
 
 
 class BandwidthReader:
-    """Reads a buffer again and again; `best` is the most bytes a second so far, by so many threads together.
+    """Reads a buffer again and again, by so many threads together.
 
     The reading wanders (between 25 and 37 GB/s within minutes on the computer that the figures above are from), since
     others use the same memory. The largest of 32-bit integers is the quickest of numpy's reductions: sums of floats
@@ -117,22 +117,21 @@ class BandwidthReader:
         """available: bytes of memory, of which at most an eighth is used."""
         import numpy as np
 
-        self.best = 0.0
         self._size = READING_BYTES if available is None else max(min(READING_BYTES, available // 8), 1 << 20)
         # written to: pages that were only promised would all be the same one
         self._parts = np.array_split(np.ones(self._size // 4, np.int32), threads)
 
     def read(self, seconds: float = READING_SECONDS) -> float:
-        """Read for so long; returns `best`."""
+        """The most bytes a second within so many seconds."""
         import numpy as np
 
-        end = time.perf_counter() + seconds
+        best, end = 0.0, time.perf_counter() + seconds
         with ThreadPoolExecutor(len(self._parts)) as pool:
-            while not self.best or time.perf_counter() < end:
+            while not best or time.perf_counter() < end:
                 begun = time.perf_counter()
                 list(pool.map(np.max, self._parts))
-                self.best = max(self.best, self._size / (time.perf_counter() - begun))
-        return self.best
+                best = max(best, self._size / (time.perf_counter() - begun))
+        return best
 
 
 def _cgroup_limits(root: Path) -> Iterator[tuple[int, int]]:
