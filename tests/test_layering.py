@@ -13,42 +13,41 @@ ROOT = Path(__file__).resolve().parent.parent
 LAYERS = (
     (
         *("errors", "names", "ahead", "builtins_lock", "chat", "direct_file", "machine"),
-        *("mnn_llm.engine_worker", "mnn_llm.net"),
+        *("mnn.process", "mnn_llm.engine_worker"),
     ),
     (
         *("compiled", "config", "export_ops", "hub", "onnx_files", "tools", "untrusted", "vocabulary"),
         *(
             "affine",
-            "convert.mnn_tool",
-            "mnn_module",
+            "mnn.converter",
+            "mnn.module",
             "sampling",
             "sentencepiece_model",
             "sizes",
             "verify.report",
             "verify.tolerances",
             "verify.measures",
-            "mnn_llm.converter",
             "mnn_llm.engine",
         ),
     ),
     (
         *("interface", "patch", "prompt", "weight_files", "models.chatglm_6b", "passes.wide_activations"),
-        *("placement", "quantize_kernels", "recipe", "tensors", "tokenizer", "convert.mnn_matrix", "verify.matrices"),
-        *("mnn_llm.sentencepiece_facts", "mnn_llm.stored_weights"),
+        *("placement", "quantize_kernels", "recipe", "tensors", "tokenizer", "mnn.matrix", "verify.matrices"),
+        "mnn_llm.sentencepiece_facts",
     ),
     (
-        *("convert.mnn_file", "form", "graph_lint", "graphs", "trace", "weights", "quantized_rows", "verify.cases"),
-        *("patches", "mnn_llm.engine_graph", "mnn_llm.tokenizer_file"),
+        *("form", "graph_lint", "graphs", "trace", "weights", "quantized_rows", "verify.cases"),
+        *("patches", "mnn.file", "mnn.rounding", "mnn_llm.net", "mnn_llm.tokenizer_file"),
     ),
     (
         *("bundle", "checkpoint", "equivalence", "quantized", "raw_rows", "stamping", "verify.runs"),
-        "mnn_llm.chat_template",
+        *("mnn_llm.chat_template", "mnn_llm.engine_graph"),
     ),
     (
         "bundle_tokenizer",
         "inventory",
         "journal",
-        "mnn_session",
+        "mnn.session",
         "quantize_report",
         "stored",
         "verify.forms",
@@ -72,7 +71,16 @@ LAYERS = (
         "mnn_llm.source",
     ),
     (
-        *("convert.mnn_graph", "derive", "generation", "lifting", "splitter", "verify.modes", "verify.overflow"),
+        *(
+            "convert.mnn_graph",
+            "convert.mnn_plan",
+            "derive",
+            "generation",
+            "lifting",
+            "splitter",
+            "verify.modes",
+            "verify.overflow",
+        ),
         *("verify.structure", "mnn_llm.following"),
     ),
     (
@@ -102,7 +110,14 @@ LAYERS = (
 )
 """Bottom first. A command is a file by itself; `split` shows the reports of `verify` and `quantize`."""
 
-FREE = ("", "models", "cli", "convert", "mnn_llm")  # a docstring and the version at most; anybody may import them
+FREE = (
+    "",
+    "models",
+    "cli",
+    "convert",
+    "mnn",
+    "mnn_llm",
+)  # a docstring and the version at most; anybody may import them
 LAYER_OF = {name: number for number, layer in enumerate(LAYERS) for name in layer}
 PATCHES_MAY = ("config", "errors", "export_ops", "interface", "names", "onnx_files", "patch", "models.chatglm_6b")
 WITHOUT_TORCH = (
@@ -118,7 +133,8 @@ WITHOUT_TORCH = (
         "passes.choose_bits",
     ),
     *("bundle_tokenizer", "placement", "graph_pool", "sampling", "generation", "chat", "conversation", "evaluation"),
-    *("convert.mnn", "convert.mnn_check", "convert.mnn_tool", "mnn_module", "mnn_session", "cli.convert"),
+    *("convert.mnn", "convert.mnn_check", "convert.mnn_plan", "cli.convert"),
+    *("mnn.converter", "mnn.file", "mnn.matrix", "mnn.module", "mnn.process", "mnn.rounding", "mnn.session"),
     *("api", "doctor", "machine", "cli.generate", "cli.chat", "cli.doctor", "cli.evaluate", "cli.tokenize"),
 )
 FILES = sorted([*ROOT.glob("glmexport/**/*.py"), *ROOT.glob("patches/*.py")])

@@ -21,13 +21,14 @@ from glmexport import journal, names
 from glmexport.bundle import open_bundle
 from glmexport.convert import mnn as convert_module
 from glmexport.convert import mnn_check, mnn_graph
-from glmexport.convert.mnn import MnnOptions, convert_mnn
-from glmexport.convert.mnn_matrix import FLOAT16, FLOAT32, MnnMatrix, StoredMatrix
-from glmexport.convert.mnn_tool import run_converter
+from glmexport.convert.mnn import convert_mnn
+from glmexport.convert.mnn_plan import MnnOptions
 from glmexport.embedding_rows import head_rows
 from glmexport.errors import BundleError, ExportError, GlmExportError
 from glmexport.form import RAW, SHARED, EmbeddingForm
 from glmexport.generation import generate
+from glmexport.mnn.converter import run_converter
+from glmexport.mnn.matrix import FLOAT16, FLOAT32, CodePacker, MnnMatrix, StoredMatrix
 from glmexport.passes.half_weights import HalfWeightsPass
 from glmexport.passes.raw_embedding import EmbedPass
 from glmexport.prompt import prepare_prompt
@@ -336,8 +337,8 @@ def test_a_bundle_that_computes_in_float16_is_refused(tmp_path, checkpoint_of_tw
 
 
 def test_weights_that_are_written_wrongly_are_found(tmp_path, source, monkeypatch):
-    pack = mnn_graph.pack_codes
-    monkeypatch.setattr(mnn_graph, "pack_codes", lambda codes, bits: pack(codes ^ (codes == 3), bits))
+    push = CodePacker.push
+    monkeypatch.setattr(CodePacker, "push", lambda packer, codes: push(packer, codes ^ (codes == 3)))
     with pytest.raises(ExportError, match="was not written as the bundle has it"):
         convert(source, tmp_path / "mnn", bits=4)
     assert not (tmp_path / "mnn").exists()
@@ -484,9 +485,9 @@ def test_the_command_says_what_it_made(tmp_path, source):
 
 
 def test_without_mnn_it_is_one_sentence(tmp_path, source, monkeypatch):
-    monkeypatch.setattr("glmexport.convert.mnn_tool.importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("glmexport.mnn.converter.importlib.util.find_spec", lambda name: None)
     result = glmexport("convert", "mnn", source, "-o", tmp_path / "mnn", "-q")
-    assert_one_sentence(result, "MNN is not installed", "pip install glmexport[mnn]")
+    assert_one_sentence(result, "MNN is not installed", "pip install 'glmexport[mnn]'")
 
 
 # Verifying

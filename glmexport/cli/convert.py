@@ -94,7 +94,8 @@ def mnn(
     """
     from glmexport.bundle import open_bundle
     from glmexport.checkpoint import open_checkpoint
-    from glmexport.convert.mnn import MnnOptions, convert_mnn, convert_total
+    from glmexport.convert.mnn import convert_mnn, convert_total
+    from glmexport.convert.mnn_plan import MnnOptions
 
     if not target.name:
         raise click.BadParameter("the name of a directory to make is needed.", param_hint="--output")

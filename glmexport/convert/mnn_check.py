@@ -1,15 +1,14 @@
 """Whether a converted graph is right: what lies in its files, and what MNN computes from them.
 
-First every weight is read back from the finished file and held against the bundle's. Then MNN runs the graph in a
-process of its own (a damaged file can end it), and onnxruntime the bundle's graph with exactly the weights that were
-read back: in normal memory mode nothing but the order of float32 sums may differ, whatever the bits.
+First every weight is read back from the finished files and held against the bundle's.
+Then MNN runs the graph in a process of its own (a damaged file can end it), and onnxruntime the bundle's graph with
+exactly the weights that were read back: in normal memory mode nothing but the order of float32 sums may differ,
+whatever the bits.
 """
 
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -19,13 +18,15 @@ import numpy as np
 
 from glmexport import names
 from glmexport.convert.mnn_graph import Laid
-from glmexport.convert.mnn_matrix import FileBytes, StoredMatrix, is_nearest
 from glmexport.convert.mnn_sources import FloatSource, Source
 from glmexport.convert.plain_graph import PlainGraph
 from glmexport.errors import ExportError
 from glmexport.interface import GraphSpec
-from glmexport.mnn_module import LOW, NORMAL, run_request
-from glmexport.mnn_session import as_mnn_takes
+from glmexport.mnn.matrix import FileBytes, StoredMatrix
+from glmexport.mnn.module import LOW, NORMAL, run_request
+from glmexport.mnn.process import last_line, run_apart
+from glmexport.mnn.rounding import is_nearest
+from glmexport.mnn.session import as_mnn_takes
 from glmexport.onnx_files import Array
 
 Weights = dict[str, Array]
@@ -108,7 +109,7 @@ def check_numbers(
     bounds = {NORMAL: NORMAL_BOUND, LOW: LOW_BOUND} if integers else {NORMAL: NORMAL_BOUND}
     if floats > NORMAL_BYTES and integers:
         del bounds[NORMAL]
-    worst, found = {}, run_apart(model, spec, feeds, [*bounds])
+    worst, found = {}, run_in_mnn(model, spec, feeds, [*bounds])
     for memory, bound in bounds.items():
         worst[memory] = max(_distance(ours, theirs) for ours, theirs in zip(found[memory], expected, strict=True))
         if not worst[memory] <= bound:
@@ -180,7 +181,7 @@ def _head_in_parts(beside: Path, laid: Sequence[Laid]) -> Iterator[Weights]:
         yield {one.product.matrix: np.ascontiguousarray(stored.rows(start, min(step, outputs - start)).T)}
 
 
-def run_apart(
+def run_in_mnn(
     model: Path, spec: GraphSpec, feeds: Sequence[Mapping[str, Array]], memories: Sequence[str]
 ) -> dict[str, list[dict[str, Array]]]:
     """Memory mode -> outputs of a `.mnn` model for each of `feeds` (as ONNX takes them), computed in another process.
@@ -199,22 +200,11 @@ def run_apart(
             "memories": [*memories],
             "count": len(feeds),
         }
-        command = [sys.executable, "-c", f"from {run_request.__module__} import run_request as run; run()"]
-        try:
-            done = subprocess.run(
-                [*command, json.dumps(request)],
-                cwd=place,
-                stdin=subprocess.DEVNULL,
-                capture_output=True,
-                timeout=TIMEOUT,
-                check=False,
-            )
-        except subprocess.TimeoutExpired as error:
-            raise ExportError(f"{model.name}: MNN did not run it within {TIMEOUT:g} seconds.") from error
-        if done.returncode:
-            said = done.stderr.decode("utf-8", errors="replace").strip().splitlines()[-1:] or ["nothing"]
-            ended = f"status {done.returncode}" if done.returncode > 0 else f"signal {-done.returncode}"
-            raise ExportError(f"{model.name} cannot be run by MNN ({ended}): {said[0]:.300}")
+        call = f"from {run_request.__module__} import run_request as run; run()"
+        said, errors = place / "said", place / "errors"
+        wrong = run_apart(["-c", call, json.dumps(request)], place, said, errors, timeout=TIMEOUT)
+        if wrong:
+            raise ExportError(f"{model.name} cannot be run by MNN: {wrong} ({last_line(errors, said)}).")
         return {memory: [_load(place / f"out-{memory}-{i}.npz") for i in range(len(feeds))] for memory in memories}
 
 

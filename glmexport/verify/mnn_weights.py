@@ -19,10 +19,11 @@ from glmexport import names
 from glmexport.affine import Affine, Floats
 from glmexport.bundle import Bundle
 from glmexport.checkpoint import Checkpoint
-from glmexport.convert.mnn_matrix import FLOAT16, FLOAT32, FileBytes, MnnMatrix, StoredMatrix, is_nearest
 from glmexport.draft import BundleDraft
 from glmexport.errors import BundleError, ExportError
 from glmexport.form import SHARED
+from glmexport.mnn.matrix import FLOAT16, FLOAT32, FileBytes, MnnMatrix, StoredMatrix
+from glmexport.mnn.rounding import is_nearest
 from glmexport.recipe import affine_of_record
 from glmexport.tensors import rows_per_slice
 from glmexport.verify.matrices import check_matrix

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from glmexport import names
 from glmexport.bundle import Bundle
-from glmexport.mnn_module import NORMAL
+from glmexport.mnn.module import NORMAL
 from glmexport.session import Session
 from glmexport.verify.forms import FLOAT_BITS
 from glmexport.verify.runs import Run

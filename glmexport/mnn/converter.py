@@ -14,27 +14,32 @@ import importlib.util
 import os
 import re
 import shutil
-import signal
-import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from glmexport.errors import ExportError, GlmExportError
+from glmexport.mnn.process import last_line, run_apart
 
 TIMEOUT = 1800.0
 """Seconds after which a conversion is stopped; one block of ChatGLM-6B in float32 takes four."""
 
-SUCCESS = ("Converted Success!", "has convert to JsonFile")
-"""What the converter prints when it believes that it succeeded: for models, and for a dump to JSON."""
+OF_MODEL, OF_JSON, TO_JSON = "Converted Success!", "has convert to MNNModel", "has convert to JsonFile"
+"""What the converter prints when it believes that it succeeded: with a model, a graph from JSON, and a dump to JSON."""
 
-BAD_WORDS = ("can't open", "[error]", "failed", "not support", "don't use block-quant", "no space left")
+BAD_WORDS = (
+    *("can't open", "[error]", "failed", "not support", "don't use block-quant", "no space left"),
+    *("invalid", "does not exist"),
+)
 """What it prints, in any spelling, where it did not do what it was asked for, before it says that it succeeded."""
 
+MODULES = ("_tools", "_mnncengine")
+"""The native modules of MNN's Python package: the converter, and the engine with its LLM part."""
+
 LOG_BYTES = 1 << 20
-SOURCE = "source"
 TARGET = "target"
 
 _CALL = "import sys, _tools; sys.exit(0 if _tools.mnnconvert(['mnnconvert', *sys.argv[1:]]) else 3)"
@@ -43,18 +48,33 @@ _CALL = "import sys, _tools; sys.exit(0 if _tools.mnnconvert(['mnnconvert', *sys
 def mnn_version() -> str:
     """Version of the installed MNN. Raises GlmExportError, which says how to get it, where there is none."""
     try:
-        if importlib.util.find_spec("MNN") is not None:
-            return version("MNN")
+        found = version("MNN")
     except PackageNotFoundError:
-        return "not installed as a package"
-    raise GlmExportError("MNN is not installed, which this needs; install it with `pip install glmexport[mnn]`.")
+        found = ""
+    if not found or any(importlib.util.find_spec(name) is None for name in MODULES):
+        raise GlmExportError(
+            "MNN is not installed, whose converter and engine this needs; install it with "
+            "`pip install 'glmexport[mnn]'`."
+        )
+    return found
+
+
+def mnn_of_json(document: bytes) -> bytes:
+    """The binary form of a graph given as MNN's JSON. Raises ExportError where the converter does not make it."""
+    with tempfile.TemporaryDirectory(prefix="glmexport-mnn-") as directory:
+        source, target = Path(directory, "graph.json"), Path(directory, "graph.mnn")
+        source.write_bytes(document)
+        options = ["-f", "JSON", "--modelFile", str(source), "--MNNModel", "{graph.mnn}"]
+        run_converter(options, {"graph.mnn": target}, success=OF_JSON)
+        return target.read_bytes()
 
 
 def run_converter(
     options: Sequence[str],
     outputs: Mapping[str, Path],
-    log: Path,
+    log: Path | None = None,
     *,
+    success: str = OF_MODEL,
     timeout: float = TIMEOUT,
     command: Sequence[str] | None = None,
 ) -> None:
@@ -62,29 +82,45 @@ def run_converter(
 
     options: its arguments, in which `{name}` for a name in `outputs` stands for a file in the private directory; other
     paths must be absolute. outputs: name of a file that it must write there -> where that file is to go; what lies
-    there is removed first. log: takes all that it printed, and stays. command: what to run instead of the converter.
+    there is removed first. log: takes all that it printed, and stays; None where the last line of it is enough.
+    success: what it must print. command: what to run instead of the converter.
     """
-    for place in outputs.values():
-        place.unlink(missing_ok=True)
-    log.parent.mkdir(parents=True, exist_ok=True)
     first = next(iter(outputs.values()))
-    with tempfile.TemporaryDirectory(prefix=".mnnconvert-", dir=first.parent) as private:
+    with _told(first), tempfile.TemporaryDirectory(prefix=".mnnconvert-", dir=first.parent) as private:
+        for place in outputs.values():
+            place.unlink(missing_ok=True)
         made = {name: Path(private).resolve() / name for name in outputs}
         arguments = [_filled(option, made) for option in options]
-        status = _run([*(command or (sys.executable, "-c", _CALL)), *arguments], Path(private), log, timeout)
-        complaint = _complaint_of_status(status, timeout) or _complaint_of_log(log, arguments)
+        said = log or Path(private, "log")
+        said.parent.mkdir(parents=True, exist_ok=True)
+        complaint = run_apart(
+            arguments, Path(private), said, timeout=timeout, command=command or (sys.executable, "-c", _CALL)
+        ) or _complaint_of_log(said, arguments, success)
         for name, path in made.items():
             if complaint is None and (path.is_symlink() or not path.is_file()):
                 complaint = f"it wrote no {name}"
             elif complaint is None and path.stat().st_size == 0:
                 complaint = f"its {name} is empty"
         if complaint is not None:
+            printed = f"what it printed is in {log}" if log else f"the last that it printed is {last_line(said)!r}"
             raise ExportError(
-                f"MNN's converter did not make {first.name}: {complaint}; what it printed is in {log}. Nothing of it "
-                "was taken over."
+                f"MNN's converter did not make {first.name}: {complaint}; {printed}. Nothing of it was taken over."
             )
         for name, place in outputs.items():
             shutil.move(made[name], place)
+
+
+@contextmanager
+def _told(output: Path) -> Iterator[None]:
+    """Files that the converter's caller cannot make or move, as a sentence."""
+    try:
+        yield
+    except OSError as error:
+        where = f" ({error.filename})" if error.filename else ""
+        raise ExportError(
+            f"MNN's converter could not be run for {output.name}: {error.strerror or error}{where}; free some space or "
+            "give another output."
+        ) from error
 
 
 def _filled(option: str, made: Mapping[str, Path]) -> str:
@@ -92,34 +128,7 @@ def _filled(option: str, made: Mapping[str, Path]) -> str:
     return re.sub(r"\{([^{}]+)\}", lambda match: str(made[match[1]]) if match[1] in made else match[0], option)
 
 
-def _run(command: Sequence[str], private: Path, log: Path, timeout: float) -> int | None:
-    """Exit status, negative for a signal; None where it was stopped because it took too long."""
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
-    with log.open("wb") as sink:
-        process = subprocess.Popen(
-            command, cwd=private, env=environment, stdin=subprocess.DEVNULL, stdout=sink, stderr=subprocess.STDOUT
-        )
-        try:
-            return process.wait(timeout)
-        except subprocess.TimeoutExpired:
-            return None
-        finally:  # Ctrl-C comes here too
-            if process.poll() is None:
-                process.kill()
-                process.wait()
-
-
-def _complaint_of_status(status: int | None, timeout: float) -> str | None:
-    if status is None:
-        return f"it did not end within {timeout:g} seconds and was stopped"
-    if status < 0:
-        name = signal.Signals(-status).name if -status in {*signal.Signals} else str(-status)
-        memory = ", which is what the system does where memory is short" * (name == "SIGKILL")
-        return f"it was ended by {name}{memory}"
-    return f"it ended with status {status}" if status else None
-
-
-def _complaint_of_log(log: Path, arguments: Sequence[str]) -> str | None:
+def _complaint_of_log(log: Path, arguments: Sequence[str], success: str) -> str | None:
     """What it printed that it must not, or did not print that it must."""
     with log.open("rb") as file:
         text = file.read(LOG_BYTES).decode("utf-8", errors="replace")
@@ -129,6 +138,4 @@ def _complaint_of_log(log: Path, arguments: Sequence[str]) -> str | None:
     for line in text.splitlines():
         if any(word in line.lower() for word in BAD_WORDS):
             return f"it printed {line.strip()!r:.160}"
-    if not any(word in text for word in SUCCESS):
-        return "it did not say that it succeeded"
-    return None
+    return None if success in text else "it did not say that it succeeded"
