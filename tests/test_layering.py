@@ -41,7 +41,7 @@ LAYERS = (
     ),
     (
         *("bundle", "checkpoint", "equivalence", "quantized", "raw_rows", "stamping", "verify.runs"),
-        *("mnn_llm.chat_template", "mnn_llm.engine_graph"),
+        *("mnn.vectors", "mnn_llm.chat_template", "mnn_llm.engine_graph"),
     ),
     (
         "bundle_tokenizer",
@@ -135,6 +135,7 @@ WITHOUT_TORCH = (
     *("bundle_tokenizer", "placement", "graph_pool", "sampling", "generation", "chat", "conversation", "evaluation"),
     *("convert.mnn", "convert.mnn_check", "convert.mnn_plan", "cli.convert"),
     *("mnn.converter", "mnn.file", "mnn.matrix", "mnn.module", "mnn.process", "mnn.rounding", "mnn.session"),
+    "mnn.vectors",
     *("api", "doctor", "machine", "cli.generate", "cli.chat", "cli.doctor", "cli.evaluate", "cli.tokenize"),
 )
 FILES = sorted([*ROOT.glob("glmexport/**/*.py"), *ROOT.glob("patches/*.py")])

@@ -282,6 +282,10 @@ BAD = {
         "assert old in d; model.write_bytes(d.replace(old, struct.pack('<f', 0.44715)))",
         "does not compute what its graph does",
     ),
+    "one bit of a norm is changed": (
+        "real(a); d = bytearray(weights.read_bytes()); d[4 * 70] ^= 1; weights.write_bytes(d)",
+        "transformer.layers.0.input_layernorm.bias not there bit for bit",
+    ),
     "killed": ("real(a); import os; os.kill(os.getpid(), 9)", "ended by SIGKILL"),
     "an error in the log": ("real(a); print('[ERROR] something')", "[ERROR] something"),
 }
@@ -518,6 +522,16 @@ def damage_scale(bundle: Path) -> None:
     change(bundle, "glm_block_0", double)
 
 
+def damage_norm(bundle: Path) -> None:
+    """The last bit of one number of a norm, which no output shows."""
+    path = bundle / "glm_block_1.mnn.weight"
+    data = bytearray(path.read_bytes())
+    data[4 * 70] ^= 1  # the first norm has 64 weights and 64 biases there
+    path.unlink()
+    path.write_bytes(data)
+    record_again(bundle, path.name)
+
+
 def damage_bias(bundle: Path) -> None:
     matrix = stored(bundle, "glm_block_0", "dense_4h_to_h.weight").matrix
 
@@ -556,7 +570,7 @@ def other_config(bundle: Path) -> None:
     write_manifest(bundle, manifest)
 
 
-@pytest.mark.parametrize("damage", [damage_code, damage_scale, damage_bias, swap_blocks, other_config])
+@pytest.mark.parametrize("damage", [damage_code, damage_scale, damage_bias, damage_norm, swap_blocks, other_config])
 def test_verify_finds_what_is_wrong(tmp_path, mnn_int4, checkpoint_of_two, damage):
     bundle = shutil.copytree(mnn_int4, tmp_path / "bundle")
     damage(bundle)

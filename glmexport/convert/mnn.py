@@ -21,7 +21,7 @@ import numpy as np
 from glmexport import __version__, names
 from glmexport.bundle import SCHEMA, Bundle, LinkedFile, demand_onnx
 from glmexport.bundle_writer import BundleWriter, check_output
-from glmexport.convert.mnn_check import check_numbers, check_weights
+from glmexport.convert.mnn_check import check_numbers, check_vectors, check_weights
 from glmexport.convert.mnn_embedding import raw_embedding
 from glmexport.convert.mnn_graph import Laid, convert_stand_ins, model_bytes, write_weights
 from glmexport.convert.mnn_plan import MnnOptions, MnnPlan, jobs_at_once, plan_mnn
@@ -166,6 +166,7 @@ def _graph(
     advance(f"check {graph}", 0)
     files = writer.path(model), writer.path(beside)
     try:
+        check_vectors(*files, plain)
         weights = check_weights(files[1], laid, plain, sources, keep=spec.kind == names.KIND_BLOCK)
         errors = check_numbers(*files, laid, plain, weights, spec, bundle.config.max_positions)
     except ExportError as error:

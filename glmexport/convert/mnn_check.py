@@ -1,6 +1,6 @@
 """Whether a converted graph is right: what lies in its files, and what MNN computes from them.
 
-First every weight is read back from the finished files and held against the bundle's.
+First every weight is read back from the finished files and held against the bundle's, norms and tables bit for bit.
 Then MNN runs the graph in a process of its own (a damaged file can end it), and onnxruntime the bundle's graph with
 exactly the weights that were read back: in normal memory mode nothing but the order of float32 sums may differ,
 whatever the bits.
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 
 from glmexport import names
 from glmexport.convert.mnn_graph import Laid
@@ -27,6 +28,7 @@ from glmexport.mnn.module import LOW, NORMAL, run_request
 from glmexport.mnn.process import last_line, run_apart
 from glmexport.mnn.rounding import is_nearest
 from glmexport.mnn.session import as_mnn_takes
+from glmexport.mnn.vectors import complaint_of_vectors
 from glmexport.onnx_files import Array
 
 Weights = dict[str, Array]
@@ -84,6 +86,22 @@ def check_weights(
         if keep:
             kept |= {product.matrix: whole} | ({} if product.bias is None else {product.bias: stored.bias})
     return kept
+
+
+def check_vectors(model: Path, beside: Path, plain: PlainGraph) -> None:
+    """Hold the norms and tables of a finished graph, which the converter copied, bit for bit against the bundle's.
+
+    model, beside: the files. Raises ExportError, which names what differs.
+    """
+    floats = {
+        tensor.name: onnx.numpy_helper.to_array(tensor)
+        for tensor in plain.model.graph.initializer
+        if tensor.data_type == onnx.TensorProto.FLOAT
+    }
+    needed = {name: value for name, value in floats.items() if value.ndim == 1 and value.size > 1}
+    complaint = complaint_of_vectors(model.read_bytes(), beside, needed, floats)
+    if complaint:
+        raise ExportError(f"{model.name}: the converter did not copy what the bundle has, {complaint}; convert again.")
 
 
 def check_numbers(

@@ -68,7 +68,7 @@ class Table:
         if place is None:
             return 0, ()
         count = self._read("<I", place)
-        if count * struct.calcsize(element) > len(self.data) - place:
+        if count * struct.calcsize(element) > len(self.data) - place - 4:
             raise ExportError("A list in the converter's file ends beyond the file; convert again.")
         return place + 4, struct.unpack_from(f"<{count}{element}", self.data, place + 4)
 
