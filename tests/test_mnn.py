@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -13,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from checkpoints import write_checkpoint
+from checkpoints import make_tensors, write_checkpoint, write_weights
 from conftest import record_again, split_directory, write_manifest
 from derived_bundles import assert_intact, assert_one_sentence, contents, derived, glmexport, manifest_of, quantize_pass
 
@@ -370,7 +372,48 @@ def test_no_space_is_one_sentence(tmp_path, source, monkeypatch):
     monkeypatch.setattr(bundle_writer, "DirectFile", lambda path: FullDisk(real(path), 20_000))
     with pytest.raises(BundleError, match="the disk is full"):
         convert(source, tmp_path / "mnn")
+    assert list(tmp_path.iterdir()) == [], "not even a log, of which the sentence says nothing"
+
+
+def test_no_space_for_what_lies_beside_is_one_sentence(tmp_path, source, monkeypatch):
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(mnn_graph.onnx, "save", full)
+    with pytest.raises(BundleError, match="mnn could not be written: the disk is full"):
+        convert(source, tmp_path / "mnn")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("bits", "words"),
+    [
+        (8, r"mlp\.dense_4h_to_h\.weight cannot be stored: a weight is no finite number"),
+        (None, "the bundle's own graph gives NaN"),
+    ],
+)
+def test_weights_that_are_no_numbers_are_named(tmp_path, bits, words):
+    tensors = make_tensors(num_blocks=1, **WIDE)
+    tensors["transformer.layers.0.mlp.dense_4h_to_h.weight"][3, 5] = float("nan")
+    checkpoint = write_checkpoint(tmp_path / "checkpoint", tokenizer=False, num_blocks=1, **WIDE)
+    write_weights(checkpoint, tensors, "bin")
+    split_directory(checkpoint, tmp_path / "bundle", opset=17)
+    with pytest.raises(ExportError, match=words) as error:
+        convert(tmp_path / "bundle", tmp_path / "mnn", bits=bits)
+    log = tmp_path / "mnn.glm_block_0.log"
+    assert log.exists() == (str(log) in str(error.value))
     assert not (tmp_path / "mnn").exists()
+
+
+def test_what_low_memory_mode_harms_can_be_made_for_the_normal_one(tmp_path, source, shared, monkeypatch):
+    monkeypatch.setattr(mnn_check, "LOW_BOUND", 1e-9)
+    with pytest.raises(ExportError, match=r"off in low memory mode, .*; give --memory normal"):
+        convert(source, tmp_path / "mnn", bits=8)
+    convert(source, tmp_path / "mnn", bits=8, memory="normal")
+    assert [*open_bundle(tmp_path / "mnn").graph(names.HEAD)["checked"]] == ["normal"]
+    result = glmexport("verify", tmp_path / "mnn", shared("mnn-one-block", lambda path: None), "-q", "--steps", "1")
+    assert result.status == 0, result.stdout
+    assert ", low" not in result.stdout
 
 
 def test_a_killed_run_goes_on(tmp_path, int4, mnn_int4, monkeypatch):

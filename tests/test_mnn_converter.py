@@ -76,13 +76,17 @@ def test_one_that_hangs_is_stopped(convert, tmp_path):
 
 
 def test_a_path_may_hold_any_word(tmp_path):
-    target = tmp_path / "failed [ERROR]" / "x.mnn"
+    target = tmp_path / "failed [ERROR] {x}" / "x.mnn"
     target.parent.mkdir()
     run_converter(
-        ["{x}", str(tmp_path / "Not Support")],
+        ["{x}", str(tmp_path / "Not Support {x}")],
         {"x": target},
         tmp_path / "log",
-        command=(sys.executable, "-c", WRITES + "print('MNNModel', *sys.argv[1:]);" + SAYS),
+        command=(
+            sys.executable,
+            "-c",
+            WRITES + "print('MNNModel', *sys.argv[1:]); assert sys.argv[2].endswith('{x}');" + SAYS,
+        ),
     )
     assert target.read_bytes() == b"model"
 
@@ -96,6 +100,13 @@ def test_each_call_has_a_working_directory_of_its_own(convert, tmp_path, monkeyp
 def test_without_mnn_it_says_how_to_get_it(monkeypatch):
     monkeypatch.setattr(converter.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(GlmExportError, match=r"pip install 'glmexport\[mnn\]'"):
+        converter.mnn_version()
+
+
+def test_every_part_of_the_extra_is_needed(monkeypatch):
+    monkeypatch.setattr(converter, "MODULES", ("MNN", "flatbuffers", "one_that_there_is_not"))
+    pytest.importorskip("MNN")
+    with pytest.raises(GlmExportError, match=r"not installed whole \(one_that_there_is_not cannot be found\)"):
         converter.mnn_version()
 
 

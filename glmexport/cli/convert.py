@@ -84,7 +84,7 @@ def mnn(
 
     The raw embedding, the pieces (slim_vocab.txt or vocab.txt) and the tokenizer lie beside them. A quantized bundle's
     integers and scales go over as they are; a float32 bundle's matrices can be rounded on the way. Every graph is read
-    back and run against onnxruntime before it is kept. Needs MNN: pip install glmexport[mnn].
+    back and run against onnxruntime before it is kept. Needs MNN: pip install 'glmexport[mnn]'.
 
     \b
     Examples:

@@ -20,7 +20,7 @@ import numpy as np
 
 from glmexport import __version__, names
 from glmexport.bundle import SCHEMA, Bundle, LinkedFile, demand_onnx
-from glmexport.bundle_writer import BundleWriter, check_output
+from glmexport.bundle_writer import BundleWriter, check_output, sentences
 from glmexport.convert.mnn_check import check_numbers, check_vectors, check_weights
 from glmexport.convert.mnn_embedding import raw_embedding
 from glmexport.convert.mnn_graph import Laid, convert_stand_ins, model_bytes, write_weights
@@ -85,7 +85,10 @@ def convert_mnn(
         "checkpoint": None if checkpoint is None else checkpoint.weights.state_when_opened,
         "glmexport": __version__,
     }
-    with BundleWriter(output, force=force, copy=copy, identity=identity, resume=resume) as writer:
+    with (
+        BundleWriter(output, force=force, copy=copy, identity=identity, resume=resume) as writer,
+        sentences(output),  # of files that are made beside the bundle on the way
+    ):
         if resume and not writer.resumed:
             notice(f"There is no unfinished run of {output} to go on with; it is begun anew.")
         with _scratch(output) as scratch:
@@ -157,24 +160,36 @@ def _graph(
     spec = graph_spec(graph, bundle.config, plan.argmax)
     plain = plain_graph(bundle, graph, plan.argmax)
     sources = _sources(bundle, graph, plain, plan, spare, notice)
-    log = writer.output.with_name(f"{writer.output.name}.{graph}.log")
-    converted = convert_stand_ins(plain, scratch, log)
-    model, beside = names.graph_file(graph, names.MNN), names.data_file(graph, names.MNN)
-    with writer.create(beside) as sink:
-        laid = write_weights(converted, plain, sources, sink, lambda count: advance(f"write {graph}", count))
-    writer.write_bytes(model, model_bytes(converted, laid, writer.files[beside].sha256))
-    advance(f"check {graph}", 0)
-    files = writer.path(model), writer.path(beside)
-    try:
-        check_vectors(*files, plain)
-        weights = check_weights(files[1], laid, plain, sources, keep=spec.kind == names.KIND_BLOCK)
-        errors = check_numbers(*files, laid, plain, weights, spec, bundle.config.max_positions)
-    except ExportError as error:
-        raise ExportError(f"{error} What the converter printed is in {log}.") from error
-    log.unlink()
+    with _log_of(writer, graph) as log:
+        converted = convert_stand_ins(plain, scratch, log)
+        model, beside = names.graph_file(graph, names.MNN), names.data_file(graph, names.MNN)
+        with writer.create(beside) as sink:
+            laid = write_weights(converted, plain, sources, sink, lambda count: advance(f"write {graph}", count))
+        writer.write_bytes(model, model_bytes(converted, laid, writer.files[beside].sha256))
+        advance(f"check {graph}", 0)
+        files = writer.path(model), writer.path(beside)
+        try:
+            check_vectors(*files, plain)
+            weights = check_weights(files[1], laid, plain, sources, keep=spec.kind == names.KIND_BLOCK)
+            errors = check_numbers(*files, laid, plain, weights, spec, bundle.config.max_positions, plan.memory)
+        except ExportError as error:
+            raise ExportError(f"{error} What the converter printed is in {log}.") from error
     entry = _entry(bundle, graph, spec, laid, sources, errors)
     writer.finish(graph, (beside, model), entry)
     return entry
+
+
+@contextmanager
+def _log_of(writer: BundleWriter, graph: str) -> Iterator[Path]:
+    """Where the converter's words go; it stays where an error speaks of it."""
+    log = writer.output.with_name(f"{writer.output.name}.{graph}.log")
+    try:
+        yield log
+    except BaseException as error:
+        if str(log) not in str(error):
+            log.unlink(missing_ok=True)
+        raise
+    log.unlink()
 
 
 def _sources(

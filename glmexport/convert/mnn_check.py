@@ -112,30 +112,45 @@ def check_numbers(
     weights: Weights,
     spec: GraphSpec,
     positions: int,
+    memory: str,
 ) -> dict[str, float]:
     """Run a finished graph and its reference; returns memory mode -> worst ‖error‖ / ‖reference‖.
 
     model, beside: the files. weights: of `check_weights`, emptied once they are used. positions: ids of positions are
-    below it. Raises ExportError where the two differ by more than the mode's bound.
+    below it. memory: the mode that the bundle is to be run in. Raises ExportError where the two differ by more than the
+    mode's bound.
     """
     feeds = [_feeds(spec, positions, *case) for case in CASES]
     parts = _head_in_parts(beside, laid) if spec.kind == names.KIND_HEAD else iter([weights])
     expected = _reference(plain, spec, feeds, parts)
     weights.clear()  # their memory is MNN's turn
-    floats = 4 * sum(one.product.inputs * one.product.outputs for one in laid)
-    integers = any(one.stored.is_integers for one in laid)
-    bounds = {NORMAL: NORMAL_BOUND, LOW: LOW_BOUND} if integers else {NORMAL: NORMAL_BOUND}
-    if floats > NORMAL_BYTES and integers:
-        del bounds[NORMAL]
+    if not all(np.isfinite(value).all() for case in expected for value in case.values()):
+        raise ExportError(
+            f"{model.name}: the bundle's own graph gives NaN or infinite numbers for ordinary inputs, which "
+            "nothing can be held to; look at the checkpoint's weights."
+        )
+    bounds = _bounds(laid, memory)
     worst, found = {}, run_in_mnn(model, spec, feeds, [*bounds])
-    for memory, bound in bounds.items():
-        worst[memory] = max(_distance(ours, theirs) for ours, theirs in zip(found[memory], expected, strict=True))
-        if not worst[memory] <= bound:
+    for mode, bound in bounds.items():
+        worst[mode] = max(_distance(ours, theirs) for ours, theirs in zip(found[mode], expected, strict=True))
+        if not worst[mode] <= bound:
+            normal = "; give --memory normal if it is the weights that rounded activations harm" * (mode == LOW)
             raise ExportError(
-                f"{model.name} does not compute what its graph does: it is {worst[memory]:.1e} off in {memory} memory "
-                f"mode, expected at most {bound:.0e}; nothing was taken over. Convert again, or with another MNN."
+                f"{model.name} does not compute what its graph does: it is {worst[mode]:.1e} off in {mode} memory "
+                f"mode, expected at most {bound:.0e}{normal}. Nothing was taken over: convert again, or with another "
+                "MNN."
             )
     return worst
+
+
+def _bounds(laid: Sequence[Laid], memory: str) -> dict[str, float]:
+    """Modes to run a graph in -> what it may be off; low where it is to be used, or where normal is too large."""
+    floats = 4 * sum(one.product.inputs * one.product.outputs for one in laid)
+    if not any(one.stored.is_integers for one in laid):
+        return {NORMAL: NORMAL_BOUND}
+    if floats > NORMAL_BYTES:
+        return {LOW: LOW_BOUND}
+    return {NORMAL: NORMAL_BOUND, LOW: LOW_BOUND} if memory == LOW else {NORMAL: NORMAL_BOUND}
 
 
 def _distance(found: Mapping[str, Array], expected: Mapping[str, Array]) -> float:

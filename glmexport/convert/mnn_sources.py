@@ -41,7 +41,10 @@ class FloatSource:
     def integers(self) -> Iterator[Integers]:
         """What is stored of them, where that is integers. Raises ExportError for weights that are no numbers."""
         for rows in self.bands():
-            yield quantized(rows, self.stored)
+            try:
+                yield quantized(rows, self.stored)
+            except ExportError as error:
+                raise ExportError(f"{self.tensor.name} cannot be stored: {error}") from error
 
 
 @dataclass(frozen=True)

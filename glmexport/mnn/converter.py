@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import re
 import shutil
 import sys
 import tempfile
@@ -36,8 +35,8 @@ BAD_WORDS = (
 )
 """What it prints, in any spelling, where it did not do what it was asked for, before it says that it succeeded."""
 
-MODULES = ("_tools", "_mnncengine")
-"""The native modules of MNN's Python package: the converter, and the engine with its LLM part."""
+MODULES = ("MNN", "_tools", "_mnncengine", "flatbuffers")
+"""What the extra installs: of MNN's, its Python package, the converter, and the engine with its LLM part."""
 
 LOG_BYTES = 1 << 20
 TARGET = "target"
@@ -51,9 +50,11 @@ def mnn_version() -> str:
         found = version("MNN")
     except PackageNotFoundError:
         found = ""
-    if not found or any(importlib.util.find_spec(name) is None for name in MODULES):
+    missing = [name for name in MODULES if importlib.util.find_spec(name) is None]
+    if not found or missing:
+        lacks = f" whole ({', '.join(missing)} cannot be found)" * bool(found)
         raise GlmExportError(
-            "MNN is not installed, whose converter and engine this needs; install it with "
+            f"MNN is not installed{lacks}, whose converter and engine this needs; install it with "
             "`pip install 'glmexport[mnn]'`."
         )
     return found
@@ -80,7 +81,7 @@ def run_converter(
 ) -> None:
     """Run the converter once and put what it made into its places, or raise ExportError and put nothing anywhere.
 
-    options: its arguments, in which `{name}` for a name in `outputs` stands for a file in the private directory; other
+    options: its arguments, of which `{name}` for a name in `outputs` stands for a file in the private directory; other
     paths must be absolute. outputs: name of a file that it must write there -> where that file is to go; what lies
     there is removed first. log: takes all that it printed, and stays; None where the last line of it is enough.
     success: what it must print. command: what to run instead of the converter.
@@ -90,7 +91,8 @@ def run_converter(
         for place in outputs.values():
             place.unlink(missing_ok=True)
         made = {name: Path(private).resolve() / name for name in outputs}
-        arguments = [_filled(option, made) for option in options]
+        private_paths = {f"{{{name}}}": str(path) for name, path in made.items()}
+        arguments = [private_paths.get(option, option) for option in options]
         said = log or Path(private, "log")
         said.parent.mkdir(parents=True, exist_ok=True)
         complaint = run_apart(
@@ -121,11 +123,6 @@ def _told(output: Path) -> Iterator[None]:
             f"MNN's converter could not be run for {output.name}: {error.strerror or error}{where}; free some space or "
             "give another output."
         ) from error
-
-
-def _filled(option: str, made: Mapping[str, Path]) -> str:
-    """An option with the private path in the place of `{name}`."""
-    return re.sub(r"\{([^{}]+)\}", lambda match: str(made[match[1]]) if match[1] in made else match[0], option)
 
 
 def _complaint_of_log(log: Path, arguments: Sequence[str], success: str) -> str | None:

@@ -26,7 +26,7 @@ def quantized(rows: npt.NDArray[np.float32], matrix: MnnMatrix) -> Integers:
     blocks = np.ascontiguousarray(rows).reshape(len(rows), matrix.blocks, matrix.block)
     low, high = blocks.min(-1, keepdims=True), blocks.max(-1, keepdims=True)
     if not (np.isfinite(low).all() and np.isfinite(high).all()):
-        raise ExportError("A weight is no finite number, which cannot be quantized; look at the checkpoint.")
+        raise ExportError("a weight is no finite number, which cannot be quantized; look at the checkpoint.")
     steps = np.float32((1 << matrix.bits) - 1)
     scale = (high - low) / steps
     with np.errstate(divide="ignore", invalid="ignore"):

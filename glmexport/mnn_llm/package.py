@@ -11,7 +11,7 @@ import numpy as np
 
 from glmexport import __version__, names
 from glmexport.affine import METHODS
-from glmexport.bundle_writer import BundleWriter, check_output
+from glmexport.bundle_writer import BundleWriter, check_output, sentences
 from glmexport.draft import Notice, ignore_notice
 from glmexport.draft_writer import Advance, check_disk, ignore_advance
 from glmexport.errors import ExportError, GlmExportError
@@ -134,10 +134,11 @@ def write_package(
     check_output(output, force=force)
     tokenizer, facts = source.tokenizer(), _facts(source, notice)
     advance("ask the engine how it counts positions", 0)
-    corrected = needs_correction()
+    with sentences(output):
+        corrected = needs_correction()
     graph = engine_graph(source.config, lambda *matrix: options.stored(source, *matrix), corrected=corrected)
     check_disk(output, package_bytes(source, graph) + _SMALL_FILES)
-    with BundleWriter(output, force=force) as writer:
+    with BundleWriter(output, force=force) as writer, sentences(output):
         advance(WEIGHT_FILE, 0)
         with writer.create(WEIGHT_FILE) as file:
             for place in graph.places:
