@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from checkpoints import make_tensors, write_checkpoint, write_weights
 from conftest import record_again, split_directory, write_manifest
 from derived_bundles import assert_intact, assert_one_sentence, contents, derived, glmexport, manifest_of, quantize_pass
@@ -31,6 +32,7 @@ from glmexport.form import RAW, SHARED, EmbeddingForm
 from glmexport.generation import generate
 from glmexport.mnn.converter import run_converter
 from glmexport.mnn.matrix import FLOAT16, FLOAT32, CodePacker, MnnMatrix, StoredMatrix
+from glmexport.mnn.vectors import model_vectors
 from glmexport.passes.half_weights import HalfWeightsPass
 from glmexport.passes.raw_embedding import EmbedPass
 from glmexport.prompt import prepare_prompt
@@ -185,6 +187,48 @@ def test_every_form_goes_over_and_computes_the_same(tmp_path, source, name):
         found = ours.forward(*inputs, ours.empty_pasts(2))
     bound = {4: 0.15, 8: 0.02, 16: 1e-3, 32: 1e-6}[min(bits for bits, _ in forms)]
     assert np.linalg.norm(found - expected) < bound * np.linalg.norm(expected)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "passes", "options"),
+    [
+        ({"hidden_size": 48, "heads": 3, "inner": 100, "dtype": torch.bfloat16, "fmt": "safetensors"}, (), {"bits": 4}),
+        (
+            {"hidden_size": 48, "heads": 3, "inner": 112, "num_blocks": 3, "vocab_size": 129, "fmt": "bin-sharded"},
+            (quantize_pass(4, 32, symmetric=False, num_blocks=3),),
+            {},
+        ),
+        pytest.param(
+            {"hidden_size": 272, "heads": 17, "inner": 75, "vocab_size": 301, "dtype": torch.float32},
+            (),
+            {"bits": 8, "argmax": "only"},
+            marks=pytest.mark.slow,
+        ),
+    ],
+    ids=["one scale a row", "groups of 32 and 16", "seventeen heads"],
+)
+def test_odd_shapes_are_the_reference_s(tmp_path, sizes, passes, options):
+    checkpoint = write_checkpoint(tmp_path / "checkpoint", tokenizer=False, **{"num_blocks": 1, **sizes})
+    split_directory(checkpoint, tmp_path / "bundle", opset=17)
+    if passes:
+        derived(tmp_path / "bundle", tmp_path / "passed", *passes)
+    convert(tmp_path / ("passed" if passes else "bundle"), tmp_path / "mnn", **options)
+    result = glmexport("verify", tmp_path / "mnn", checkpoint, "-q", "--steps", "1")
+    assert result.status == 0, result.stdout
+
+
+def test_a_damaged_model_is_read_or_refused(mnn_int4):
+    """Whatever a byte of the model is turned to, reading its vectors ends, with a sentence where they are not there."""
+    model, beside = (mnn_int4 / "lm.mnn").read_bytes(), mnn_int4 / "lm.mnn.weight"
+    random, refused = np.random.default_rng(1), 0
+    for place in random.integers(0, len(model), 400):
+        damaged = bytearray(model)
+        damaged[place] ^= int(random.integers(1, 256))
+        try:
+            assert sum(map(len, model_vectors(bytes(damaged), beside))) < 1 << 20
+        except ExportError:
+            refused += 1
+    assert 0 < refused < 400
 
 
 def test_the_same_integers_and_scales(mnn_int4, int4):

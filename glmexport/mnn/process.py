@@ -6,11 +6,12 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
 LAST_BYTES = 1 << 16
+LAST_CHARACTERS = 300
 SAID_NOTHING = "it said nothing"
 
 
@@ -55,18 +56,12 @@ def how_it_ended(status: int) -> str | None:
     return f"it ended with status {status}" if status else None
 
 
-def last_line(*files: Path, without: Mapping[str, str] | None = None) -> str:
-    """The last line that the first of these files with any in it ends with, cut to a part of a sentence.
-
-    without: text -> what stands for it.
-    """
+def last_line(*files: Path) -> str:
+    """The last line of the first of these files that has one, cut to a part of a sentence."""
     for file in files:
         with file.open("rb") as source:
             source.seek(max(file.stat().st_size - LAST_BYTES, 0))
             lines = source.read().decode("utf-8", errors="replace").strip().splitlines()
         if lines:
-            line = lines[-1].strip()
-            for text, word in (without or {}).items():
-                line = line.replace(text, word)
-            return line[:300].rstrip(" .:")
+            return lines[-1].strip()[:LAST_CHARACTERS].rstrip(" .:")
     return SAID_NOTHING
