@@ -7,9 +7,8 @@ import dataclasses
 from glmexport import names
 from glmexport.checkpoint_draft import model_of_part
 from glmexport.draft import BundleDraft, GraphDraft
-from glmexport.errors import BundleError
 from glmexport.graphs import patched_parts
-from glmexport.patch import all_patches
+from glmexport.patch import patch_named
 
 
 def lifted(draft: BundleDraft, opset: int) -> BundleDraft:
@@ -17,10 +16,7 @@ def lifted(draft: BundleDraft, opset: int) -> BundleDraft:
 
     Raises BundleError for an unknown architecture.
     """
-    architecture = draft.facts["architecture"]
-    patch = next((patch for patch in all_patches() if patch.name == architecture), None)
-    if patch is None:
-        raise BundleError(f"The bundle's architecture {architecture!r:.80} is not one this glmexport knows.")
+    patch = patch_named(draft.facts["architecture"])
     parts = {part.name: part for part in patched_parts(patch, draft.config, draft.argmax, draft.form.dtype)}
 
     def lift(graph: GraphDraft) -> GraphDraft:

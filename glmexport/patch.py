@@ -12,7 +12,7 @@ from torch import nn
 
 from glmexport import names
 from glmexport.config import ModelConfig, TokenizerFacts
-from glmexport.errors import ExportError
+from glmexport.errors import BundleError, ExportError
 
 BlockFunction = Callable[
     [nn.Module, int, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor],
@@ -63,6 +63,16 @@ class ModelPatch:
     ignored_tensors: tuple[str, ...] = ()
     in_place_transforms: tuple[Transform, ...] = ()
 
+    @property
+    def embedding_name(self) -> str:
+        """Name of the embedding's tensor [vocab, hidden] in the checkpoint."""
+        return f"{self.embedding}.weight"
+
+    @property
+    def head_name(self) -> str:
+        """Name of the output head's tensor [vocab, hidden] in the checkpoint."""
+        return f"{self.head}.weight"
+
     def apply(self, model: nn.Module, flavor: str = names.PORTABLE) -> nn.Module:
         """Apply every transform of a flavor (`names.FLAVORS`) in order; works on the model in place and returns it.
 
@@ -90,3 +100,11 @@ def all_patches() -> tuple[ModelPatch, ...]:
         if not isinstance(patch, ModelPatch):
             raise TypeError(f"glmexport.patches.PATCHES must hold ModelPatch objects, found {type(patch).__name__}")
     return tuple(patches)
+
+
+def patch_named(architecture: str) -> ModelPatch:
+    """The patch of an architecture that a bundle states. Raises BundleError where there is none."""
+    patch = next((patch for patch in all_patches() if patch.name == architecture), None)
+    if patch is None:
+        raise BundleError(f"The bundle's architecture {architecture!r:.80} is not one this glmexport knows.")
+    return patch

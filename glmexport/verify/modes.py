@@ -1,4 +1,4 @@
-"""The ways to run a bundle that it is verified in: for onnxruntime each flavor, for MNN each mode of memory."""
+"""The ways to run a bundle to verify it: each flavor for onnxruntime; normal and low mode for MNN."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from glmexport import names
 from glmexport.bundle import Bundle
-from glmexport.mnn_module import NORMAL
+from glmexport.mnn.module import LOW, NORMAL
 from glmexport.session import Session
 from glmexport.verify.forms import FLOAT_BITS
 from glmexport.verify.runs import Run
@@ -73,7 +73,8 @@ def modes_of(bundle: Bundle) -> Iterator[Mode]:
             yield Mode(session, label, TOLERANCES, CHAIN_BUDGETS, flavor=flavor)
         return
     integers = any(record["bits"] < FLOAT_BITS for entry in bundle.graphs for record in entry["matrices"].values())
-    for memory in MNN_TOLERANCES if integers else (NORMAL,):  # low mode is normal mode where there are no integers
+    low = integers and bundle.manifest["mnn"]["memory"] == LOW  # without integers, low mode is normal mode
+    for memory in (NORMAL, LOW) if low else (NORMAL,):
         session = Session(bundle, memory_limit=MEMORY_LIMIT, read_ahead=0, mnn_memory=memory)
         tolerances, budgets = MNN_TOLERANCES[memory], MNN_CHAIN_BUDGETS[memory]
         yield Mode(session, f", {memory}", tolerances, budgets, exact=memory == NORMAL)
