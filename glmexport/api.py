@@ -22,6 +22,7 @@ from glmexport.form import FLOAT32, GRAPH, RAW, RAW_DTYPES, SHARED, WEIGHTS, Emb
 from glmexport.generation import Generation
 from glmexport.generation import generate as generate_with
 from glmexport.interface import DEFAULT_OPSET
+from glmexport.names import PORTABLE
 from glmexport.recipe import DEFAULT_GROUP_SIZE, DEFAULT_METHOD, FORMATS, uniform_recipe
 from glmexport.sampling import Sampling
 from glmexport.session import Session
@@ -47,6 +48,7 @@ def split(
     group_size: int | str = DEFAULT_GROUP_SIZE,
     weights: str = FLOAT32,
     dtype: str = FLOAT32,
+    flavor: str = PORTABLE,
     force: bool = False,
     notice: Callable[[str], None] = lambda sentence: None,
 ) -> Bundle:
@@ -55,8 +57,8 @@ def split(
     slim: drop the image-token rows. embedding: `graph`, `bf16`, `float16`, `float32` or `shared` (with the quantized
     head). quantize: None, `int8` or `int4`; the LM head gets 8 bits. group_size: weights that share a scale, or
     `channel`. weights: `float32`, or `float16` to halve what is not quantized, where that loses nothing. dtype: what
-    the graphs compute in, `float32`, or `float16` for GPUs. force: replace an existing bundle. notice: takes sentences
-    for the user.
+    the graphs compute in, `float32`, or `float16` for GPUs. flavor: `portable`, `ort` (graphs that write into their KV
+    cache, for onnxruntime) or `both`. force: replace an existing bundle. notice: takes sentences for the user.
     Raises GlmExportError; nothing is left behind then.
     """
     from glmexport.checkpoint import open_checkpoint
@@ -65,9 +67,8 @@ def split(
 
     with open_checkpoint(checkpoint, revision) as source:
         passes = _passes(slim, embedding, quantize, group_size, weights, source.config.num_blocks)
-        split_checkpoint(
-            source, Path(output), SplitOptions(opset, passes=passes, dtype=dtype), force=force, notice=notice
-        )
+        options = SplitOptions(opset, passes=passes, dtype=dtype, flavor=flavor)
+        split_checkpoint(source, Path(output), options, force=force, notice=notice)
     return open_bundle(Path(output))
 
 

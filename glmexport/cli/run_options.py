@@ -45,6 +45,11 @@ _SESSION = (
     click.option(
         "--gpu-memory", metavar="SIZE", help="Put as many blocks on the GPU as fit into this, the rest on the CPU."
     ),
+    click.option(
+        "--flavor",
+        type=click.Choice(["portable", "ort"]),
+        help="Of the graphs to run.  [default: ort where the bundle has it and all runs on the CPU]",
+    ),
 )
 _DRY_RUN = click.option("--dry-run", is_flag=True, help="Print where each graph would go, and load nothing.")
 _SAMPLING = (
@@ -89,7 +94,7 @@ _SAMPLING = (
 
 
 def session_options(function: Function) -> Function:
-    """`--threads`, `--memory-limit`, `--providers`, `--gpu-memory`."""
+    """`--threads`, `--memory-limit`, `--providers`, `--gpu-memory`, `--flavor`."""
     for option in reversed(_SESSION):
         function = option(function)
     return function
@@ -134,7 +139,14 @@ def open_session(bundle: Path, options: Mapping[str, Any], *, quiet: bool) -> Se
         None if text is None else parse_size(text) for text in (options["memory_limit"], options["gpu_memory"])
     )
     providers = tuple(name.strip() for name in (options["providers"] or "").split(",") if name.strip())
-    session = Session(bundle, threads=options["threads"], memory_limit=limit, providers=providers, gpu_memory=gpu)
+    session = Session(
+        bundle,
+        threads=options["threads"],
+        memory_limit=limit,
+        providers=providers,
+        gpu_memory=gpu,
+        flavor=options["flavor"],
+    )
     placement, notify = session.placement, output.notifier(quiet)
     if placement.raised and placement.limit is not None:
         notify(
