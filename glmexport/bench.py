@@ -24,6 +24,7 @@ from glmexport.machine import BandwidthReader, read_cpu, read_memory
 from glmexport.plotting import save_png, two_parts
 from glmexport.session import Pasts, Session
 from glmexport.slot_cache import SlotCache
+from glmexport.thread_pool import run_alone
 
 Array = npt.NDArray[Any]
 Advance = Callable[[str, int], None]
@@ -245,6 +246,7 @@ def _start_apart(bundle: Path, options: BenchOptions) -> Start:
 
 def start_here() -> None:
     """In a process of its own: load, prefill, decode after HISTORY places, print a `Start` as JSON."""
+    run_alone()
     request = json.loads(sys.argv[1])
     begun = request["begun"]
     try:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
@@ -23,6 +22,7 @@ from glmexport.mnn.session import MnnGraph, backend_for
 from glmexport.onnx_files import load_graph
 from glmexport.placement import READ_AHEAD, Placement, graphs_for_gpu, held_on_cpu, place
 from glmexport.stored import stored_tensors
+from glmexport.thread_pool import share_threads
 
 CPU_PROVIDER = "CPUExecutionProvider"
 _NO_GPU = (CPU_PROVIDER, "AzureExecutionProvider")
@@ -32,10 +32,6 @@ uses another core; more would only take turns."""
 
 MAX_COMPLAINT = 400
 """Characters of what is said about a graph, which may hold names of any length."""
-
-_NOBODY, _OTHERS = -1, -2
-_sharing = threading.Lock()
-_shared: int | None = _NOBODY  # threads of the pool that all graphs share
 
 _ADVICE_BYTES = 1 << 20  # Linux reads no more than some of the disk's largest request for one piece of advice
 
@@ -234,25 +230,6 @@ class GraphPool:
                 "build of onnxruntime that has one, or choose another."
             )
         return [*wanted, *([] if CPU_PROVIDER in wanted else [CPU_PROVIDER])]
-
-
-def share_threads(threads: int | None) -> bool:
-    """Have all graphs of the process compute with the same threads; whether these are as many as are asked for.
-
-    They go from one graph to the next without being put to sleep and woken, which saves a tenth of a step's time at
-    full size (onnxruntime 1.31). There can be one such pool, whose size the first to ask decides.
-    """
-    global _shared
-    import onnxruntime
-
-    with _sharing:
-        if _shared is _NOBODY:
-            try:
-                onnxruntime.set_global_thread_pool_sizes(threads or 0, 1)
-                _shared = threads
-            except Exception:  # somebody else has made the pool: onnxruntime's own errors share no public base class
-                _shared = _OTHERS
-        return _shared == threads
 
 
 @cache

@@ -13,8 +13,8 @@ ROOT = Path(__file__).resolve().parent.parent
 LAYERS = (
     (
         *("ahead", "builtins_lock", "chat", "direct_file", "errors", "export_ops", "machine", "mnn.process"),
-        *("mnn_llm.engine_worker", "names", "sentencepiece_model", "tools", "verify.measures", "verify.report"),
-        *("verify.tolerances", "vocabulary"),
+        *("mnn_llm.engine_worker", "names", "sentencepiece_model", "thread_pool", "tools", "verify.measures"),
+        *("verify.report", "verify.tolerances", "vocabulary"),
     ),
     (
         *("affine", "compiled", "config", "hub", "mnn.converter", "mnn.module", "mnn_llm.engine"),
@@ -63,6 +63,7 @@ LAYERS = (
     ("cli.output",),
     ("cli.derived", "cli.doctor", "cli.pass_options", "cli.run_options", "cli.inspect", "cli.package", "cli.patches"),
     (
+        "cli.bench",
         "cli.chat",
         "cli.convert",
         "cli.embed",

@@ -13,6 +13,7 @@ import click
 from glmexport import __version__
 from glmexport.cli import interrupt
 from glmexport.errors import GlmExportError, means_no_memory, printable
+from glmexport.thread_pool import run_alone
 
 INTERRUPTED = 130
 
@@ -34,6 +35,9 @@ COMMANDS = {
     "patches": ("glmexport.cli.patches", "List supported architectures and their transforms."),
 }
 """Command -> (module with a click command named `command`, one line of help)."""
+
+ALONE = ("bench", "generate", "chat", "eval")
+"""Commands that run graphs and nothing else, with one pool of threads for all."""
 
 
 class LazyGroup(click.Group):
@@ -71,6 +75,13 @@ def cli() -> None:
 
     Exit status: 0 done, 1 a verification or check failed, 2 bad input (one sentence says what), 130 stopped by Ctrl-C.
     """
+
+
+def main() -> None:
+    """The program: `run` in a process of its own."""
+    if sys.argv[1:2] and sys.argv[1] in ALONE:
+        run_alone()
+    run()
 
 
 def run() -> None:
