@@ -30,15 +30,26 @@ LAYERS = (
             "mnn_llm.converter",
             "mnn_llm.engine",
         ),
+        *(
+            "serve.page",
+            "serve.settings",
+        ),
     ),
     (
         *("interface", "patch", "prompt", "weight_files", "models.chatglm_6b", "passes.wide_activations"),
         *("placement", "quantize_kernels", "recipe", "tensors", "tokenizer", "convert.mnn_matrix", "verify.matrices"),
         *("mnn_llm.sentencepiece_facts", "mnn_llm.stored_weights"),
+        *(
+            "serve.defaults",
+            "serve.durations",
+            "serve.model_names",
+            "serve.modelfile",
+        ),
     ),
     (
         *("convert.mnn_file", "form", "graph_lint", "graphs", "trace", "weights", "quantized_rows", "verify.cases"),
         *("patches", "mnn_llm.engine_graph", "mnn_llm.tokenizer_file"),
+        *("serve.prompts",),
     ),
     (
         *("bundle", "checkpoint", "equivalence", "quantized", "raw_rows", "stamping", "verify.runs"),
@@ -54,6 +65,7 @@ LAYERS = (
         "verify.forms",
         "verify.reference",
         *("mnn_llm.engine_config", "mnn_llm.weight_writer"),
+        *("serve.store",),
     ),
     (
         *("bundle_writer", "convert.plain_graph", "doctor", "draft", "embedding_rows"),
@@ -78,13 +90,60 @@ LAYERS = (
     (
         *("conversation", "convert.mnn_check", "evaluation", "passes.quantize_weights", "verify.mnn_weights"),
         *("mnn_llm.check", "mnn_llm.inputs", "mnn_llm.position_probe"),
+        *("serve.rows",),
     ),
-    ("api", "passes.choose_bits", "verify.expected", "mnn_llm.package"),
-    ("convert.mnn", "verify.check"),
-    ("verify",),
+    (
+        "api",
+        "passes.choose_bits",
+        "verify.expected",
+        "mnn_llm.package",
+        *("serve.row",),
+    ),
+    (
+        "convert.mnn",
+        "verify.check",
+        *(
+            "serve.engine",
+            "serve.logprobs",
+        ),
+    ),
+    (
+        "verify",
+        *(
+            "serve.loading",
+            "serve.metrics",
+        ),
+    ),
+    ("serve.models",),
+    (
+        "serve.context",
+        "serve.replies",
+    ),
+    (
+        "serve.asking",
+        "serve.guard",
+        "serve.ollama_models",
+        "serve.openai_forms",
+        "serve.server",
+    ),
+    (
+        "serve.ollama",
+        "serve.openai",
+        "serve.operations",
+    ),
+    ("serve.app",),
     ("cli.interrupt",),
     ("cli.output",),
-    ("cli.derived", "cli.doctor", "cli.pass_options", "cli.run_options", "cli.inspect", "cli.package", "cli.patches"),
+    (
+        "cli.derived",
+        "cli.doctor",
+        "cli.pass_options",
+        "cli.run_options",
+        "cli.serve_options",
+        "cli.inspect",
+        "cli.package",
+        "cli.patches",
+    ),
     (
         "cli.chat",
         "cli.convert",
@@ -92,6 +151,7 @@ LAYERS = (
         "cli.evaluate",
         "cli.generate",
         "cli.quantize",
+        "cli.serve",
         "cli.slim",
         "cli.tokenize",
         "cli.verify",
@@ -102,7 +162,14 @@ LAYERS = (
 )
 """Bottom first. A command is a file by itself; `split` shows the reports of `verify` and `quantize`."""
 
-FREE = ("", "models", "cli", "convert", "mnn_llm")  # a docstring and the version at most; anybody may import them
+FREE = (
+    "",
+    "models",
+    "cli",
+    "convert",
+    "mnn_llm",
+    "serve",
+)  # a docstring and the version at most; anybody may import them
 LAYER_OF = {name: number for number, layer in enumerate(LAYERS) for name in layer}
 PATCHES_MAY = ("config", "errors", "export_ops", "interface", "names", "onnx_files", "patch", "models.chatglm_6b")
 WITHOUT_TORCH = (
@@ -119,6 +186,16 @@ WITHOUT_TORCH = (
     ),
     *("bundle_tokenizer", "placement", "graph_pool", "sampling", "generation", "chat", "conversation", "evaluation"),
     *("convert.mnn", "convert.mnn_check", "convert.mnn_tool", "mnn_module", "mnn_session", "cli.convert"),
+    *(
+        "serve.rows",
+        "serve.row",
+        "serve.engine",
+        "serve.store",
+        "serve.models",
+        "serve.app",
+        "serve.server",
+        "cli.serve",
+    ),
     *("api", "doctor", "machine", "cli.generate", "cli.chat", "cli.doctor", "cli.evaluate", "cli.tokenize"),
 )
 FILES = sorted([*ROOT.glob("glmexport/**/*.py"), *ROOT.glob("patches/*.py")])

@@ -26,6 +26,7 @@ COMMANDS = {
     "package": ("glmexport.cli.package", "Make the folder that MNN's LLM engine runs on phones."),
     "generate": ("glmexport.cli.generate", "Continue a prompt with a bundle."),
     "chat": ("glmexport.cli.chat", "Chat with a bundle in the terminal."),
+    "serve": ("glmexport.cli.serve", "Answer the APIs of Ollama and OpenAI with bundles."),
     "eval": ("glmexport.cli.evaluate", "Exact answers and perplexity of bundles over a file of examples."),
     "tokenize": ("glmexport.cli.tokenize", "Text to a bundle's ids, and back."),
     "inspect": ("glmexport.cli.inspect", "Show what a bundle or checkpoint holds."),
