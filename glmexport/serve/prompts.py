@@ -78,6 +78,16 @@ def chat_of(messages: Sequence[Message]) -> Chat:
     return Chat(system, tuple(zip(texts[::2], texts[1::2], strict=True)), query, unfinished)
 
 
+def begun_chat(system: str, messages: Sequence[tuple[str, str]]) -> tuple[str, tuple[Round, ...]]:
+    """(what holds for all of a chat, its first rounds) as a Modelfile gives them; a last question has no answer."""
+    said = [Message(SYSTEM, system)] if system else []
+    said += [Message(role, text) for role, text in messages]
+    if not any(message.role != SYSTEM for message in said):
+        return "\n".join(message.text for message in said), ()
+    chat = chat_of(said)
+    return chat.system, (*chat.history, (chat.query, chat.unfinished))
+
+
 def chat_ids(
     tokenizer: Tokenizer, messages: Sequence[Message], template: Callable[[Sequence[Message]], str] | None
 ) -> Prompt:
