@@ -1,4 +1,4 @@
-"""Many answers at once: each as if it were alone, in order, within its slot, and gone at the next step when cancelled."""
+"""Many answers at once: each as if it were alone, in order, in its slot, and gone at the next step when cancelled."""
 
 from __future__ import annotations
 
@@ -283,7 +283,7 @@ def fed(row: Row, tokens: list[int]):
     data=st.data(),
 )
 def test_characters_are_whole_and_stop_texts_are_never_seen(text, stops, data):
-    """However the bytes are cut into tokens, what is given out is the text before the first stop text to be complete."""
+    """However the bytes are cut into tokens, given out is the text before the first stop text to be complete."""
     raw, pieces = text.encode(), [b""] * 6
     while raw:
         count = data.draw(st.integers(1, min(4, len(raw))))

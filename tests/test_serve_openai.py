@@ -294,7 +294,7 @@ def test_a_full_queue_is_429_with_a_time_to_come_again(running, client):
 def test_a_client_that_goes_away_frees_its_slots(running, client):
     stream = chat(client, stream=True, n=4, max_tokens=1900, extra_body={"ignore_eos": True})
     next(iter(stream))
-    assert running.engine().running == 4
+    until(lambda: running.engine().running == 4)
     stream.close()
     until(lambda: running.engine().running == 0)
 

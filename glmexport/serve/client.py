@@ -72,4 +72,5 @@ def _sentence(error: urllib.error.HTTPError) -> str:
         text = told.get("message") if isinstance(told, dict) else told
     except (ValueError, AttributeError, OSError):
         text = None
-    return printable(str(text or f"{error.code} {error.reason}"))
+    sentence = printable(str(text or f"{error.code} {error.reason}"))
+    return sentence if sentence.endswith(".") else f"{sentence}."

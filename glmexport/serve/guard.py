@@ -83,7 +83,7 @@ class Guard:
         route = getattr(scope.get("route"), "path", "other")
         self._metrics.requests.labels(route, str(status)).inc()
         client = (scope.get("client") or ("-",))[0]
-        path = printable(scope["path"])[:MAX_PATH]
+        path = printable(scope.get("raw_path", b"").decode("ascii", "replace"))[:MAX_PATH]  # as sent: on one line
         ACCESS.info("%s %s %s %s %.0f ms", client, scope["method"], path, status or "gone", seconds * 1000)
 
 

@@ -30,6 +30,10 @@ class NoModelError(GlmExportError):
     """There is no model of that name."""
 
 
+class BrokenModelError(GlmExportError):
+    """A model that is served cannot be loaded, which is no fault of whoever asks it."""
+
+
 @dataclass
 class Loaded:
     """A bundle in memory and who uses it. expires: of `time.time`, None for never. load_seconds: it took."""
@@ -102,7 +106,7 @@ class Models:
         """Have a model in memory for as long as this is entered.
 
         keep_alive: seconds to keep it after that, None for the server's own, infinite for ever. Raises QueueFullError,
-        StoppedError, NoRoomError, GlmExportError: what keeps it from being loaded.
+        StoppedError, NoRoomError, BrokenModelError: what keeps it from being loaded.
         """
         begun = time.monotonic()
         loaded = await self._have(entry)
@@ -178,6 +182,8 @@ class Models:
                 if not self.loaded:
                     raise
                 await self._make_room()
+            except GlmExportError as error:
+                raise BrokenModelError(str(error)) from error
         if self.stopping:
             served.engine.stop(STOPPING, drain=False)
             raise StoppedError(STOPPING)

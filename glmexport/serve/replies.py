@@ -16,12 +16,15 @@ from starlette.types import Receive, Scope, Send
 from glmexport.errors import GlmExportError, printable
 from glmexport.serve.engine import QueueFullError, StoppedError
 from glmexport.serve.loading import NoRoomError
-from glmexport.serve.models import NoModelError
+from glmexport.serve.models import BrokenModelError, NoModelError
 from glmexport.untrusted import load_json
 
 LOGGER = logging.getLogger("glmexport.serve")
 OPENAI_PREFIX = "/v1/"
 STOPPING_RETRY = 5
+MAX_LOGGED = 20_000
+"""Characters of a request's body in the log, where it is asked for."""
+
 KINDS = {
     400: "invalid_request_error",
     401: "authentication_error",
@@ -76,6 +79,8 @@ def error_of(error: Exception) -> ApiError:
         return ApiError(503, str(error), code="stopping", headers={"Retry-After": str(STOPPING_RETRY)})
     if isinstance(error, NoRoomError):
         return ApiError(500, str(error), code="no_memory")
+    if isinstance(error, BrokenModelError):
+        return ApiError(500, str(error), code="model_broken")
     if isinstance(error, GlmExportError):
         return ApiError(400, str(error))
     LOGGER.error("A request failed", exc_info=error)
@@ -102,6 +107,8 @@ def error_response(path: str, error: Exception) -> Response:
 async def read_form(request: Request, kind: type[FormT]) -> FormT:
     """The body of a request, whatever its Content-Type says. Raises ApiError with 400."""
     document = await read_object(request)
+    if request.app.state.settings.log_prompts:
+        LOGGER.info("%s: %s", request.url.path, json.dumps(document, ensure_ascii=True)[:MAX_LOGGED])
     try:
         form = kind.model_validate(document)
     except ValidationError as error:
