@@ -17,6 +17,7 @@ from glmexport.sampling import Sampling, log_softmax
 from glmexport.serve.engine import BROKEN, QueueFullError, StoppedError, Watch
 from glmexport.serve.row import CANCELLED, LATE, LOST, STOPPED, Ask, Row
 from glmexport.serve.rows import PortableRows
+from glmexport.serve.throughput import in_words, throughput
 from glmexport.session import Session
 
 GREEDY = Sampling(greedy=True)
@@ -357,3 +358,13 @@ def test_logits_that_are_not_finite_force_the_id_and_have_logprobs():
     piece = row_of(Ask((1, 2), 1, GREEDY, logprobs=2)).take(logits)
     assert piece.tokens[0].id == SPECIAL.forced
     assert np.isfinite([logprob for _, logprob in piece.tokens[0].top]).all()
+
+
+def test_the_throughput_of_any_runner():
+    runner = FakeRunner(slots=4)
+    points = throughput(runner, [10, 1, 2], tokens=4, warm_up=1)
+    assert [point.rows for point in points] == [1, 2, 4]
+    assert all(point.speed > 0 for point in points)
+    assert not runner.rows
+    assert [call for call in runner.calls if call[0] == "decode"][-1] == ("decode", (0, 1, 2, 3))
+    assert in_words(points)[0].startswith("1 rows:")

@@ -46,6 +46,7 @@ def command(bundles: tuple[Path, ...], quiet: bool, **options: Any) -> None:
         format="%(asctime)s %(message)s",
         datefmt="%Y-%m-%d %H:%M:%S",
     )
+    logging.getLogger("asyncio").setLevel(logging.ERROR)  # it warns of clients that went away
     app = make_app(settings, Store(default_home()), entries, preload=[*entries.values()])
 
     def started(host: str, port: int) -> None:
