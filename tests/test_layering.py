@@ -98,7 +98,10 @@ LAYERS = (
         "passes.choose_bits",
         "verify.expected",
         "mnn_llm.package",
-        *("serve.row",),
+        *(
+            "serve.row",
+            "serve.throughput",
+        ),
     ),
     (
         "convert.mnn",
