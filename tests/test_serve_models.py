@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+import shutil
 import threading
 from contextlib import suppress
 from pathlib import Path
@@ -403,3 +404,40 @@ def test_a_bundle_without_a_tokenizer_wants_one_from_elsewhere(tmp_path, small_b
         status, _, text = server.ask("POST", "/api/generate", {"model": "tiny", "prompt": "x"})
         assert status == 500, "it is the server's fault"
         assert "ice_text.model" in json.loads(text)["error"]
+
+
+def test_a_model_is_unloaded_after_its_running_answers(tmp_path):
+    async def run():
+        models, shelf = shelf_of(tmp_path, "a")
+        async with models.use(models.find("a")):
+            assert await models.unload(models.find("a"))
+            assert not shelf.runners["a"].closed
+        while models.loaded:
+            await asyncio.sleep(0)
+        assert not await models.unload(models.find("a"))
+        await models.close()
+
+    asyncio.run(run())
+
+
+def test_an_engine_that_ended_is_loaded_again(tmp_path):
+    async def run():
+        models, shelf = shelf_of(tmp_path, "a")
+        use = await touch(models, "a")
+        use.served.engine.stop("gone")
+        use.served.engine.join(20)
+        await touch(models, "a")
+        assert shelf.loads == ["a", "a"]
+        await models.close()
+
+    asyncio.run(run())
+
+
+def test_a_model_whose_bundle_is_gone_does_not_hide_the_others(tmp_path, quick_bundle):
+    moved = shutil.copytree(quick_bundle, tmp_path / "moved")
+    Store(tmp_path).create("lost", Modelfile(str(moved)), {}, within=None)
+    shutil.rmtree(moved)
+    with serving(tmp_path, entry_of(quick_bundle), preload=False) as server:
+        assert [model["name"] for model in server.json("GET", "/api/tags")["models"]] == ["tiny:latest"]
+        assert server.ask("POST", "/api/generate", {"model": "lost", "prompt": "x"})[0] == 500
+        assert server.ask("DELETE", "/api/delete", {"model": "lost"})[0] == 200

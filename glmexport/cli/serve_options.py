@@ -56,6 +56,7 @@ _OPTIONS = (
         help="How long a model nobody asks stays: 5m, -1.",
     ),
     click.option("--threads", type=click.IntRange(1, 1024), metavar="N", help="Of each graph.  [default: one a core]"),
+    click.option("--providers", metavar="A,B", help="onnxruntime's execution providers, first choice first."),
     click.option(
         "--gpu-memory-utilization",
         type=click.FloatRange(0.05, 1.0),
@@ -104,6 +105,7 @@ def settings_of(options: Mapping[str, Any], bundles: int) -> Settings:
         max_loaded_models=options["max_loaded_models"] or max(bundles, 1),
         keep_alive=None if keep_alive == FOREVER else keep_alive,
         memory_utilization=options["gpu_memory_utilization"],
+        providers=tuple(name.strip() for name in (options["providers"] or "").split(",") if name.strip()),
         hosts=tuple(name.lower() for name in options["allowed_host"]),
     )
     if not settings.is_local and settings.api_key is None and not options["allow_public"]:

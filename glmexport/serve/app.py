@@ -39,6 +39,7 @@ ROUTES = (
     ("/api/embed", ollama_models.unsupported, "POST"),
     ("/api/embeddings", ollama_models.unsupported, "POST"),
     ("/api/blobs/{digest}", ollama_models.unsupported, "POST"),
+    ("/api/blobs/{digest}", ollama_models.unsupported, "HEAD"),
     ("/v1/models", openai.models, "GET"),
     ("/v1/models/{name:path}", openai.model, "GET"),
     ("/v1/chat/completions", openai.chat, "POST"),

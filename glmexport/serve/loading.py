@@ -94,7 +94,7 @@ def load(directory: Path, settings: Settings, notice: Notice, watch: Watch | Non
             settings.max_num_seqs,
             _available(settings),
         )
-        runner = PortableRows(session, rooms.slots, length)
+        runner = open_runner(session, rooms.slots, length, notice)
         session.load()
     except BaseException:
         session.close()
@@ -102,8 +102,13 @@ def load(directory: Path, settings: Settings, notice: Notice, watch: Watch | Non
     if rooms.slots < settings.max_num_seqs:
         notice(f"{name or directory}: {rooms.slots} rows instead of {settings.max_num_seqs} fit into memory.")
     notice(f"{name or directory}: {rooms.in_words()}.")
-    notice(f"{name or directory} is a portable bundle: its rows are computed one after the other.")
     return Served(bundle, start_engine(runner, tokenizer, bundle, settings, watch, name), tokenizer, defaults, rooms)
+
+
+def open_runner(session: Session, slots: int, length: int, notice: Notice) -> RowRunner:
+    """What computes the rows of a bundle, which takes the session over."""
+    notice(f"{session.bundle.directory} is a portable bundle: its rows are computed one after the other.")
+    return PortableRows(session, slots, length)
 
 
 def start_engine(

@@ -36,13 +36,14 @@ class BrokenModelError(GlmExportError):
 
 @dataclass
 class Loaded:
-    """A bundle in memory and who uses it. expires: of `time.time`, None for never. load_seconds: it took."""
+    """A bundle in memory and who uses it. expires: of `time.time`, None for never. leaving: at the next rest."""
 
     entry: Entry
     served: Served
     users: int = 0
     used: float = field(default_factory=time.monotonic)
     expires: float | None = None
+    leaving: bool = False
     timer: asyncio.TimerHandle | None = None
 
 
@@ -92,9 +93,9 @@ class Models:
         try:
             entry = self.store.get(name)
         except GlmExportError as error:
-            raise NoModelError(f"model '{name}' not found") from error
+            raise NoModelError(f"model '{name:.200}' not found") from error
         if entry is None:
-            raise NoModelError(f"model '{name}' not found")
+            raise NoModelError(f"model '{name:.200}' not found")
         return entry
 
     def status(self, entry: Entry) -> Loaded | None:
@@ -113,7 +114,7 @@ class Models:
         if loaded.timer is not None:
             loaded.timer.cancel()
             loaded.timer = None
-        loaded.users, loaded.entry = loaded.users + 1, entry
+        loaded.users, loaded.entry, loaded.leaving = loaded.users + 1, entry, False
         try:
             yield Use(entry, loaded.served, time.monotonic() - begun)
         finally:
@@ -122,9 +123,11 @@ class Models:
             self._rest(loaded, keep_alive)
 
     async def unload(self, entry: Entry) -> bool:
-        """Take a model out of memory, telling the answers that run; whether it was there."""
+        """Take a model out of memory once its running answers have ended; whether it was there."""
         loaded = self.loaded.get(_key(entry))
-        if loaded is not None:
+        if loaded is not None and loaded.users:
+            loaded.leaving = True
+        elif loaded is not None:
             await self._close(loaded, UNLOADED)
         return loaded is not None
 
@@ -155,8 +158,8 @@ class Models:
     async def _have(self, entry: Entry) -> Loaded:
         if self.stopping:
             raise StoppedError(STOPPING)
-        found = self.loaded.get(_key(entry))
-        if found is not None and found.served.engine.alive:
+        found = self._living(entry)
+        if found is not None:
             return found
         if self._waiting >= self.settings.max_queue:
             raise QueueFullError(
@@ -165,11 +168,17 @@ class Models:
         self._waiting += 1
         try:
             async with self._loading:
-                return self.loaded.get(_key(entry)) or await self._load(entry)
+                return self._living(entry) or await self._load(entry)
         finally:
             self._waiting -= 1
 
+    def _living(self, entry: Entry) -> Loaded | None:
+        """A model in memory whose engine runs."""
+        loaded = self.loaded.get(_key(entry))
+        return loaded if loaded is not None and loaded.served.engine.alive else None
+
     async def _load(self, entry: Entry) -> Loaded:
+        self.loaded.pop(_key(entry), None)  # one whose engine has ended
         while len(self.loaded) >= self.settings.max_loaded_models:
             await self._make_room()
         while True:
@@ -208,6 +217,7 @@ class Models:
     def _rest(self, loaded: Loaded, keep_alive: float | None) -> None:
         """Nobody uses it now, perhaps: when it is to be unloaded."""
         seconds = self.settings.keep_alive if keep_alive is None else keep_alive
+        seconds = 0.0 if loaded.leaving else seconds
         forever = seconds is None or seconds == float("inf")
         loaded.expires = None if forever or seconds is None else time.time() + seconds
         if loaded.users:

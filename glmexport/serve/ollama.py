@@ -24,6 +24,7 @@ from glmexport.serve.prompts import ROLES, Message, Prompt, text_ids
 from glmexport.serve.replies import LOGGER, ApiError, Form, Stream, error_document, error_of, read_form, to_json
 from glmexport.serve.row import Ask, End, Piece
 from glmexport.serve.store import Entry
+from glmexport.untrusted import few
 
 NANOSECONDS = 10**9
 MAX_TOP_LOGPROBS = 20
@@ -173,7 +174,7 @@ def _logprobs(form: AnswerForm) -> int | None:
 def _options(form: AnswerForm) -> dict[str, Any]:
     checked, ignored = checked_parameters(form.options or {}, "options")
     if ignored:
-        LOGGER.info("Options without a meaning here: %s.", ", ".join(sorted(ignored))[:300])
+        LOGGER.info("Options without a meaning here: %s.", few(sorted(ignored)))
     return checked
 
 

@@ -12,6 +12,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from glmexport.bundle import Bundle, open_bundle
+from glmexport.errors import GlmExportError
 from glmexport.inventory import form_in_words
 from glmexport.serve.context import Server, server_of
 from glmexport.serve.defaults import options_of
@@ -19,7 +20,7 @@ from glmexport.serve.loading import generation_defaults
 from glmexport.serve.model_names import full_name, split_name
 from glmexport.serve.modelfile import Modelfile, modelfile_from_json, parse_modelfile
 from glmexport.serve.models import NoModelError
-from glmexport.serve.replies import ApiError, Form, Stream, read_form, to_json
+from glmexport.serve.replies import LOGGER, ApiError, Form, Stream, read_form, to_json
 from glmexport.serve.store import Entry
 
 OLLAMA_VERSION = "0.12.11"
@@ -75,7 +76,13 @@ class CopyForm(Form):
 
 async def tags(request: Request) -> Response:
     """`GET /api/tags`."""
-    return JSONResponse({"models": [_listed(entry) for entry in server_of(request).models.entries()]})
+    models = []
+    for entry in server_of(request).models.entries():
+        try:
+            models.append(_listed(entry))
+        except GlmExportError as error:  # its bundle is gone; that is no reason not to list the others
+            LOGGER.warning("%s is not listed: %s", entry.name, error)
+    return JSONResponse({"models": models})
 
 
 async def ps(request: Request) -> Response:
@@ -161,7 +168,7 @@ async def delete(request: Request) -> Response:
     _refuse_fixed(server, form.which)
     loaded = server.models.status(entry)
     if not server.store.remove(form.which):
-        raise NoModelError(f"model '{form.which}' not found")
+        raise NoModelError(f"model '{form.which:.200}' not found")
     if loaded is not None and loaded.entry.name == entry.name and not loaded.users:
         await server.models.unload(entry)
     return Response()

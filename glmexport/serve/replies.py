@@ -17,7 +17,7 @@ from glmexport.errors import GlmExportError, printable
 from glmexport.serve.engine import QueueFullError, StoppedError
 from glmexport.serve.loading import NoRoomError
 from glmexport.serve.models import BrokenModelError, NoModelError
-from glmexport.untrusted import load_json
+from glmexport.untrusted import few, load_json
 
 LOGGER = logging.getLogger("glmexport.serve")
 OPENAI_PREFIX = "/v1/"
@@ -116,9 +116,7 @@ async def read_form(request: Request, kind: type[FormT]) -> FormT:
         place = ".".join(str(part) for part in first["loc"])
         raise ApiError(400, f"{place or 'The body'}: {first['msg']}.", param=place or None) from error
     if form.unknown():
-        LOGGER.info(
-            "%s: fields without a meaning here: %s.", request.url.path, printable(", ".join(form.unknown())[:300])
-        )
+        LOGGER.info("%s: fields without a meaning here: %s.", request.url.path, few(form.unknown()))
     return form
 
 
