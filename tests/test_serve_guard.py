@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from serving import entry_of, serving, until
 
 from glmexport.errors import GlmExportError
-from glmexport.serve import page
+from glmexport.serve import web_page
 from glmexport.serve.app import ROUTES
 from glmexport.serve.guard import same_key
 
@@ -133,6 +133,64 @@ def test_a_body_that_does_not_come_is_408(running):
         head = b"POST /api/chat HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\n{"
         connection.sendall(head)
         assert connection.recv(100).startswith(b"HTTP/1.1 408")
+
+
+def test_a_connection_that_sends_no_whole_request_is_closed(running, monkeypatch):
+    monkeypatch.setattr("glmexport.serve.protocol.PatientProtocol.header_seconds", 0.05)
+    address = running.url.removeprefix("http://").split(":")
+    for data in (b"", b"GET / HTTP/1.1\r\nHost:"):
+        with socket.create_connection(address, timeout=20) as connection:
+            connection.sendall(data)
+            assert connection.recv(1000) == b""
+    with socket.create_connection(address, timeout=20) as connection:
+        connection.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        assert connection.recv(1000).startswith(b"HTTP/1.1 200")
+        connection.sendall(b"GET /")
+        while connection.recv(1000):
+            pass
+
+
+def test_a_request_that_takes_longer_than_a_head_may_is_answered(running, monkeypatch):
+    monkeypatch.setattr("glmexport.serve.protocol.PatientProtocol.header_seconds", 0.02)
+    body = {"model": "tiny", "prompt": "x", "max_tokens": 400, "ignore_eos": True}
+    assert running.json("POST", "/v1/completions", body)["usage"]["completion_tokens"] == 400
+
+
+def test_a_client_that_reads_nothing_is_let_go(quick_bundle, tmp_path):
+    with serving(tmp_path, entry_of(quick_bundle), send_timeout=0.2, max_body=4 << 20) as server:
+        address = server.url.removeprefix("http://").split(":")
+        with socket.socket() as connection:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            connection.settimeout(20)
+            connection.connect((address[0], int(address[1])))
+            many = {"model": "tiny", "prompt": ["x"] * 4, "max_tokens": 1900, "ignore_eos": True, "stream": True}
+            body = json.dumps({**many, "logprobs": 20}).encode()
+            head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n"
+            connection.sendall(head.encode() + body)
+            until(lambda: server.engine().running == 4)
+            until(lambda: server.engine().running == 0)
+
+
+def test_a_client_that_leaves_the_queue_leaves_no_row(quick_bundle, tmp_path):
+    with serving(tmp_path, entry_of(quick_bundle), max_num_seqs=1) as server:
+        address = server.url.removeprefix("http://").split(":")
+        body = json.dumps({"model": "tiny", "prompt": "x", "max_tokens": 1900, "ignore_eos": True}).encode()
+        head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+        clients = [socket.create_connection(address, timeout=20) for _ in range(3)]
+        for client in clients:
+            client.sendall(head + body)
+        until(lambda: server.engine().waiting == 2)
+        for client in clients[::-1]:
+            client.close()
+        until(lambda: server.engine().waiting == server.engine().running == 0)
+
+
+def test_a_prompt_of_more_tokens_than_a_step_takes_is_refused(quick_bundle, tmp_path):
+    with serving(tmp_path, entry_of(quick_bundle), max_batched_tokens=5) as server:
+        body = {"model": "tiny", "prompt": "one two three four five six", "max_tokens": 1}
+        status, _, text = server.ask("POST", "/v1/completions", body)
+        assert status == 400
+        assert "context 5" in json.loads(text)["error"]["message"]
 
 
 def test_a_request_that_takes_too_long_is_told(quick_bundle, tmp_path):
@@ -263,10 +321,9 @@ def test_no_prompt_is_in_the_log_unless_asked_for(running, quick_bundle, tmp_pat
     running.ask("POST", "/api/generate", body)
     running.ask("POST", "/v1/chat/completions", {"model": "tiny", "messages": "secret words"})
     running.ask("GET", "/v1/models/%0A%1b[31m")
-    until(lambda: "POST /api/generate 200" in caplog.text)
+    until(lambda: "/v1/models/%0A" in caplog.text)
     assert "secret" not in caplog.text
     assert "\x1b" not in caplog.text
-    assert "/v1/models/%0A" in caplog.text
     with serving(tmp_path, entry_of(quick_bundle), log_prompts=True) as server:
         server.ask("POST", "/api/generate", body)
     assert "secret words" in caplog.text
@@ -320,7 +377,7 @@ def test_the_page_is_served_to_browsers_alone_with_a_strict_policy(tmp_path, qui
     (directory / "index.html").write_text("<!doctype html><title>x</title>")
     (directory / "sub" / "app.js").write_text("1")
     (tmp_path / "secret").write_text("s")
-    monkeypatch.setattr(page, "page_routes", lambda: None)
+    monkeypatch.setattr(web_page, "page_routes", lambda: None)
     monkeypatch.setattr("glmexport.serve.app.page_routes", lambda: PAGE_ROUTES(directory))
     with serving(tmp_path / "home", entry_of(quick_bundle), preload=False) as server:
         status, headers, body = server.ask("GET", "/", headers={"Accept": "text/html,*/*"})
@@ -338,7 +395,7 @@ def test_the_page_is_served_to_browsers_alone_with_a_strict_policy(tmp_path, qui
             assert server.ask("GET", path)[0] == 404
 
 
-PAGE_ROUTES = page.page_routes
+PAGE_ROUTES = web_page.page_routes
 
 
 def test_a_chat_template_that_is_none_is_a_sentence(tmp_path, quick_bundle):

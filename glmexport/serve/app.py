@@ -18,11 +18,11 @@ from glmexport.serve.guard import Guard
 from glmexport.serve.loading import load
 from glmexport.serve.metrics import EngineFigures, Metrics
 from glmexport.serve.models import Loader, Models
-from glmexport.serve.page import page_routes
 from glmexport.serve.prompts import jinja_template
 from glmexport.serve.replies import ApiError, error_response
 from glmexport.serve.settings import Settings
 from glmexport.serve.store import Entry, Store
+from glmexport.serve.web_page import page_routes
 
 ROUTES = (
     ("/api/version", ollama_models.version, "GET"),

@@ -15,6 +15,7 @@ from starlette.applications import Starlette
 
 from glmexport.errors import GlmExportError
 from glmexport.serve.context import Server as ServerContext
+from glmexport.serve.protocol import PatientProtocol
 from glmexport.serve.settings import Settings
 
 KEEP_ALIVE_SECONDS = 65
@@ -47,7 +48,7 @@ class Server(uvicorn.Server):
                 h11_max_incomplete_event_size=MAX_HEADER_BYTES,
                 limit_concurrency=MAX_CONNECTIONS,
                 lifespan="on",
-                http="h11",
+                http=PatientProtocol,
                 ws="none",
                 proxy_headers=False,
             )
