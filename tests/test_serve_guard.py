@@ -111,6 +111,7 @@ def test_the_servers_own_origin_is_taken(running):
 def test_more_hosts_may_be_allowed(quick_bundle, tmp_path):
     with serving(tmp_path, entry_of(quick_bundle), preload=False, hosts=("box.example",)) as server:
         assert server.ask("GET", "/api/tags", headers={"Host": "box.example:11434"})[0] == 200
+        assert server.ask("GET", "/api/tags")[0] == 200
         assert server.ask("GET", "/api/tags", headers={"Host": "other.example"})[0] == 403
 
 

@@ -34,7 +34,8 @@ FROM ./int4
 PARAMETER temperature 0.5
 parameter stop "<eop>"
 PARAMETER stop 问：
-PARAMETER num_gpu 99
+PARAMETER	num_gpu	 99
+REQUIRES 0.14.0
 
 SYSTEM """You are Mario,
 and say so."""
@@ -57,7 +58,7 @@ def test_a_modelfile_is_read_as_it_is():
         "You are Mario,\nand say so.",
         (("user", "Who are you?"), ("assistant", "It's me,\nMario.")),
         ("\nMIT",),
-        ("num_gpu",),
+        ("num_gpu", "REQUIRES"),
     )
 
 
@@ -164,6 +165,12 @@ def test_a_store_is_not_taken_in_by_damage(tmp_path, small_bundle):
 def test_from_that_is_no_bundle(tmp_path):
     with pytest.raises(GlmExportError, match="neither a model"):
         Store(tmp_path).create("a", Modelfile(str(tmp_path)), {}, within=None)
+
+
+@pytest.mark.parametrize("parameters", [{"temperature": math.nan}, {"top_p": 7.0}, {"repeat_penalty": 0.0}])
+def test_parameters_that_are_none_are_refused_at_once(tmp_path, small_bundle, parameters):
+    with pytest.raises(GlmExportError, match="found"):
+        Store(tmp_path).create("a", Modelfile(str(small_bundle), parameters), {}, within=None)
 
 
 # Defaults

@@ -46,5 +46,5 @@ def command(name: str, modelfile: Path, quiet: bool) -> None:
         parsed = dataclasses.replace(parsed, source=str(beside))
     entry = model_options.store().create(name, parsed, {}, within=None)
     if parsed.ignored:
-        output.notifier(quiet)(f"Parameters without a meaning here: {', '.join(parsed.ignored)}.")
+        output.notifier(quiet)(f"Passed over, without a meaning here: {', '.join(parsed.ignored)}.")
     click.echo(f"{entry.name}: {entry.bundle}")

@@ -89,7 +89,7 @@ class Guard:
 
 def demand_host(headers: Headers, settings: Settings) -> None:
     """Raise ApiError for a Host that is not this server's, which is how other sites' names come to point at it."""
-    allowed = {*settings.hosts, settings.host, *(LOOPBACK if settings.is_local else ())}
+    allowed = {*settings.hosts, settings.host.lower(), *LOOPBACK}
     if not settings.is_local and not settings.hosts:
         return  # by whatever name it is known
     host = _hostname(headers.get("host", ""))

@@ -40,6 +40,9 @@ ELSEWHERE = frozenset(
 )
 """What other servers know and this one has no use for; they are passed over, with a word about it."""
 
+PASSED_OVER = ("REQUIRES", "RENDERER", "PARSER")
+"""Instructions about Ollama's own program."""
+
 _INSTRUCTION = re.compile(r"[ \t]*([A-Za-z]+)(?:[ \t]+|$)")
 _QUOTES = '"""'
 
@@ -49,7 +52,8 @@ class Modelfile:
     """A parsed Modelfile.
 
     source: what FROM names. parameters: by name, `stop` a tuple of texts. system: empty for none. messages: (role,
-    text), which every chat begins with. license: the texts. ignored: parameters that were passed over.
+    text), which every chat begins with. license: the texts. ignored: parameters and instructions that were passed
+    over.
     """
 
     source: str
@@ -169,7 +173,7 @@ def parse_modelfile(text: str) -> Modelfile:
                 raise GlmExportError(f"Line {number} of the Modelfile is a second FROM, expected one.")
             source = argument
         elif word == "PARAMETER":
-            name, _, value = argument.partition(" ")
+            name, value = _first_word(argument)
             if name.lower() in ELSEWHERE:
                 ignored.append(name.lower())
                 continue
@@ -180,6 +184,8 @@ def parse_modelfile(text: str) -> Modelfile:
             licenses.append(argument)
         elif word == "MESSAGE":
             messages.append(_message(argument, number))
+        elif word in PASSED_OVER:
+            ignored.append(word)
         else:
             _refuse(word, number)
     if not source:
@@ -221,7 +227,7 @@ def _refuse(word: str, number: int) -> None:
 
 
 def _message(argument: str, number: int) -> tuple[str, str]:
-    role, _, text = argument.partition(" ")
+    role, text = _first_word(argument)
     if role not in ROLES:
         raise GlmExportError(
             f"Line {number} of the Modelfile has a MESSAGE of {quoted(role)}, expected one of {', '.join(ROLES)}."
@@ -248,6 +254,12 @@ def _instructions(text: str) -> Iterator[tuple[int, str, str]]:
             opened = None if _QUOTES in following[1] else opened
         word = match[1].upper()
         yield number, word, argument if word in ("MESSAGE", "PARAMETER") else _unquoted(argument)
+
+
+def _first_word(text: str) -> tuple[str, str]:
+    """A word and what follows it."""
+    word, *rest = text.split(maxsplit=1) or [""]
+    return word, rest[0] if rest else ""
 
 
 def _unquoted(text: str) -> str:

@@ -14,6 +14,7 @@ from pathlib import Path
 from glmexport import names
 from glmexport.bundle import MAX_MANIFEST_BYTES, looks_like_bundle, open_bundle
 from glmexport.errors import GlmExportError
+from glmexport.serve.defaults import options_of
 from glmexport.serve.model_names import split_name
 from glmexport.serve.modelfile import Modelfile, modelfile_from_json
 from glmexport.untrusted import parse_json, quoted, read_small_file
@@ -84,6 +85,7 @@ class Store:
         Raises GlmExportError: no name, no such bundle, a file system that refuses.
         """
         base = self._base(modelfile.source, known, within)
+        options_of(modelfile.parameters)  # values that are none are refused now and not at every question
         return self.copy(dataclasses.replace(base, modelfile=modelfile.over(base.modelfile)), name)
 
     def copy(self, entry: Entry, name: str) -> Entry:
