@@ -145,6 +145,11 @@ def _length(settings: Settings, session: Session) -> int:
 
 def _tokenizer(bundle: Bundle, elsewhere: Path | None) -> Tokenizer:
     if elsewhere is None:
+        if names.TOKENIZER_MODEL not in bundle.files:
+            raise GlmExportError(
+                f"{bundle.directory} has no {names.TOKENIZER_MODEL}; give a directory that has with --tokenizer, or split "
+                "again from a checkpoint that has."
+            )
         return tokenizer_of_bundle(bundle)
     path = elsewhere / names.TOKENIZER_MODEL if elsewhere.is_dir() else elsewhere
     model = read_small_file(path, MODEL_LIMIT)
