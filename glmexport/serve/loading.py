@@ -147,8 +147,8 @@ def _tokenizer(bundle: Bundle, elsewhere: Path | None) -> Tokenizer:
     if elsewhere is None:
         if names.TOKENIZER_MODEL not in bundle.files:
             raise GlmExportError(
-                f"{bundle.directory} has no {names.TOKENIZER_MODEL}; give a directory that has with --tokenizer, or split "
-                "again from a checkpoint that has."
+                f"{bundle.directory} has no {names.TOKENIZER_MODEL}; give a directory that has with --tokenizer, or "
+                "split again from a checkpoint that has."
             )
         return tokenizer_of_bundle(bundle)
     path = elsewhere / names.TOKENIZER_MODEL if elsewhere.is_dir() else elsewhere
