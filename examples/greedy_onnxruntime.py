@@ -7,10 +7,13 @@ python examples/greedy_onnxruntime.py out/demo 371 1064 949 1501 1504
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 
 import numpy as np
+
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # read when onnxruntime is imported
 import onnxruntime as ort
 
 

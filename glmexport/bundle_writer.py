@@ -83,7 +83,7 @@ class BundleWriter:
         self._unsynced: list[HashingFile] = []
 
     def __enter__(self) -> BundleWriter:
-        with _sentences(self.output):
+        with sentences(self.output):
             try:
                 self._occupy()
                 check_output(self.output, force=self._force)  # again: another run may just have ended
@@ -145,7 +145,7 @@ class BundleWriter:
         done = journal.finished.get(graph) if journal and self.resumed else None
         if journal is None or done is None:
             return None
-        with _sentences(self.output):
+        with sentences(self.output):
             if any(sha256_of(self._partial / name) != record.sha256 for name, record in done.files.items()):
                 for name in done.files:
                     (self._partial / name).unlink()
@@ -186,7 +186,7 @@ class BundleWriter:
     @contextmanager
     def create(self, name: str) -> Iterator[HashingFile]:
         """A new file that is hashed as it is written and recorded at the end; `commit` waits until it is synced."""
-        with _sentences(self.output):
+        with sentences(self.output):
             for sync in self._syncs:
                 if sync.done():
                     sync.result()  # not hours later
@@ -210,7 +210,7 @@ class BundleWriter:
 
         Raises BundleError where a copy does not have the hash that its bundle's manifest says.
         """
-        with _sentences(self.output):
+        with sentences(self.output):
             if not self._copy and _linked(file.path, self._partial / name):
                 self.files[name] = file.record
                 return
@@ -227,7 +227,7 @@ class BundleWriter:
     def commit(self, manifest: Mapping[str, Any]) -> Path:
         """Write the manifest (the record of files is added to it) and put the bundle in its place."""
         document = {**manifest, "files": {name: dataclasses.asdict(self.files[name]) for name in sorted(self.files)}}
-        with _sentences(self.output):
+        with sentences(self.output):
             for sync in self._syncs:
                 sync.result()
             with (self._partial / names.MANIFEST).open("w", encoding="utf-8") as file:
@@ -291,7 +291,7 @@ def _linked(source: Path, target: Path) -> bool:
 
 def check_output(output: Path, *, force: bool) -> None:
     """Raise BundleError unless a bundle may be put there: nothing exists, or with `force` a bundle or empty folder."""
-    with _sentences(output):
+    with sentences(output):
         if output.is_symlink() or (output.exists() and not output.is_dir()):
             raise BundleError(f"{output} exists and is not a directory; choose another output.")
         if not output.exists():
@@ -417,8 +417,8 @@ class HashingFile:
 
 
 @contextmanager
-def _sentences(output: Path) -> Iterator[None]:
-    """Turn what the file system says into one sentence."""
+def sentences(output: Path) -> Iterator[None]:
+    """Turn what the file system says into one sentence, a BundleError about the output."""
     try:
         yield
     except OSError as error:

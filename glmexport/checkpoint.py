@@ -83,12 +83,12 @@ class Checkpoint:
     @property
     def head_name(self) -> str:
         """Name of the output head's tensor [vocab, hidden]."""
-        return f"{self.patch.head}.weight"
+        return self.patch.head_name
 
     @property
     def embedding_name(self) -> str:
         """Name of the embedding's tensor [vocab, hidden]."""
-        return f"{self.patch.embedding}.weight"
+        return self.patch.embedding_name
 
     @property
     def has_own_head(self) -> bool:

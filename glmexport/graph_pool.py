@@ -17,7 +17,7 @@ from glmexport.bundle import Bundle
 from glmexport.errors import BundleError, printable, reason_of
 from glmexport.graph_lint import foreign_parts
 from glmexport.interface import graph_spec
-from glmexport.mnn_session import MnnGraph, backend_for
+from glmexport.mnn.session import MnnGraph, backend_for
 from glmexport.onnx_files import load_graph
 from glmexport.placement import READ_AHEAD, Placement, graphs_for_gpu, held_on_cpu, place
 from glmexport.stored import stored_tensors

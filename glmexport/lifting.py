@@ -6,17 +6,13 @@ import dataclasses
 
 from glmexport.checkpoint_draft import model_of_part
 from glmexport.draft import BundleDraft
-from glmexport.errors import BundleError
 from glmexport.graphs import patched_parts
-from glmexport.patch import all_patches
+from glmexport.patch import patch_named
 
 
 def lifted(draft: BundleDraft, opset: int) -> BundleDraft:
     """The draft with every graph at `opset`; data files stay links. Raises BundleError for an unknown architecture."""
-    architecture = draft.facts["architecture"]
-    patch = next((patch for patch in all_patches() if patch.name == architecture), None)
-    if patch is None:
-        raise BundleError(f"The bundle's architecture {architecture!r:.80} is not one this glmexport knows.")
+    patch = patch_named(draft.facts["architecture"])
     parts = {part.name: part for part in patched_parts(patch, draft.config, draft.argmax, draft.form.dtype)}
     graphs = tuple(
         dataclasses.replace(

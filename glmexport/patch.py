@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from glmexport.config import ModelConfig, TokenizerFacts
+from glmexport.errors import BundleError
 
 BlockFunction = Callable[
     [nn.Module, int, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor],
@@ -57,6 +58,16 @@ class ModelPatch:
     head: str
     ignored_tensors: tuple[str, ...] = ()
 
+    @property
+    def embedding_name(self) -> str:
+        """Name of the embedding's tensor [vocab, hidden] in the checkpoint."""
+        return f"{self.embedding}.weight"
+
+    @property
+    def head_name(self) -> str:
+        """Name of the output head's tensor [vocab, hidden] in the checkpoint."""
+        return f"{self.head}.weight"
+
     def apply(self, model: nn.Module) -> nn.Module:
         """Apply every transform in order; works on the model in place and returns it."""
         for transform in self.transforms:
@@ -74,3 +85,11 @@ def all_patches() -> tuple[ModelPatch, ...]:
         if not isinstance(patch, ModelPatch):
             raise TypeError(f"glmexport.patches.PATCHES must hold ModelPatch objects, found {type(patch).__name__}")
     return tuple(patches)
+
+
+def patch_named(architecture: str) -> ModelPatch:
+    """The patch of an architecture that a bundle states. Raises BundleError where there is none."""
+    patch = next((patch for patch in all_patches() if patch.name == architecture), None)
+    if patch is None:
+        raise BundleError(f"The bundle's architecture {architecture!r:.80} is not one this glmexport knows.")
+    return patch

@@ -42,8 +42,8 @@ class Session:
     gpu_memory: bytes that are free on a GPU; as many blocks as fit run there, on `providers` (default: whichever GPU
     provider onnxruntime has), the others on the CPU.
     read_ahead: streamed graphs to open beyond the one that runs, where the limit has room.
-    mnn_memory: how MNN holds the weights of a bundle for it, `low` or `normal` (see `mnn_module.MEMORY`); None for what
-    the bundle was made for. Such a bundle's `providers` are MNN's backends (`mnn_module.BACKENDS`).
+    mnn_memory: how MNN holds the weights of a bundle for it, `low` or `normal` (see `mnn.module.MEMORY`); None for what
+    the bundle was made for. Such a bundle's `providers` are MNN's backends (`mnn.module.BACKENDS`).
 
     Nothing is opened before it is needed, unless `load` is called. Rows of a raw embedding are mapped and not counted.
     Hidden states, KV cache and logits are of the bundle's dtype (`bundle.form.dtype`), float32 or float16.

@@ -354,6 +354,7 @@ def test_mnn_is_found_and_never_imported(tmp_path, monkeypatch):
     (tmp_path / "MNN").mkdir()
     (tmp_path / "MNN" / "__init__.py").write_text("raise SystemExit('imported')")
     monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "MNN", raising=False)  # other tests run the real one
     assert examine(bandwidth=False).mnn
     assert "MNN" not in sys.modules
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -13,7 +15,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from checkpoints import write_checkpoint
+import torch
+from checkpoints import make_tensors, write_checkpoint, write_weights
 from conftest import record_again, split_directory, write_manifest
 from derived_bundles import assert_intact, assert_one_sentence, contents, derived, glmexport, manifest_of, quantize_pass
 
@@ -21,13 +24,15 @@ from glmexport import journal, names
 from glmexport.bundle import open_bundle
 from glmexport.convert import mnn as convert_module
 from glmexport.convert import mnn_check, mnn_graph
-from glmexport.convert.mnn import MnnOptions, convert_mnn
-from glmexport.convert.mnn_matrix import FLOAT16, FLOAT32, MnnMatrix, StoredMatrix
-from glmexport.convert.mnn_tool import run_converter
+from glmexport.convert.mnn import convert_mnn
+from glmexport.convert.mnn_plan import MnnOptions
 from glmexport.embedding_rows import head_rows
 from glmexport.errors import BundleError, ExportError, GlmExportError
 from glmexport.form import RAW, SHARED, EmbeddingForm
 from glmexport.generation import generate
+from glmexport.mnn.converter import run_converter
+from glmexport.mnn.matrix import FLOAT16, FLOAT32, CodePacker, MnnMatrix, StoredMatrix
+from glmexport.mnn.vectors import model_vectors
 from glmexport.passes.half_weights import HalfWeightsPass
 from glmexport.passes.raw_embedding import EmbedPass
 from glmexport.prompt import prepare_prompt
@@ -184,6 +189,48 @@ def test_every_form_goes_over_and_computes_the_same(tmp_path, source, name):
     assert np.linalg.norm(found - expected) < bound * np.linalg.norm(expected)
 
 
+@pytest.mark.parametrize(
+    ("sizes", "passes", "options"),
+    [
+        ({"hidden_size": 48, "heads": 3, "inner": 100, "dtype": torch.bfloat16, "fmt": "safetensors"}, (), {"bits": 4}),
+        (
+            {"hidden_size": 48, "heads": 3, "inner": 112, "num_blocks": 3, "vocab_size": 129, "fmt": "bin-sharded"},
+            (quantize_pass(4, 32, symmetric=False, num_blocks=3),),
+            {},
+        ),
+        pytest.param(
+            {"hidden_size": 272, "heads": 17, "inner": 75, "vocab_size": 301, "dtype": torch.float32},
+            (),
+            {"bits": 8, "argmax": "only"},
+            marks=pytest.mark.slow,
+        ),
+    ],
+    ids=["one scale a row", "groups of 32 and 16", "seventeen heads"],
+)
+def test_odd_shapes_are_the_reference_s(tmp_path, sizes, passes, options):
+    checkpoint = write_checkpoint(tmp_path / "checkpoint", tokenizer=False, **{"num_blocks": 1, **sizes})
+    split_directory(checkpoint, tmp_path / "bundle", opset=17)
+    if passes:
+        derived(tmp_path / "bundle", tmp_path / "passed", *passes)
+    convert(tmp_path / ("passed" if passes else "bundle"), tmp_path / "mnn", **options)
+    result = glmexport("verify", tmp_path / "mnn", checkpoint, "-q", "--steps", "1")
+    assert result.status == 0, result.stdout
+
+
+def test_a_damaged_model_is_read_or_refused(mnn_int4):
+    """Whatever a byte of the model is turned to, reading its vectors ends, with a sentence where they are not there."""
+    model, beside = (mnn_int4 / "lm.mnn").read_bytes(), mnn_int4 / "lm.mnn.weight"
+    random, refused = np.random.default_rng(1), 0
+    for place in random.integers(0, len(model), 400):
+        damaged = bytearray(model)
+        damaged[place] ^= int(random.integers(1, 256))
+        try:
+            assert sum(map(len, model_vectors(bytes(damaged), beside))) < 1 << 20
+        except ExportError:
+            refused += 1
+    assert 0 < refused < 400
+
+
 def test_the_same_integers_and_scales(mnn_int4, int4):
     ids = np.arange(open_bundle(int4).config.vocab_size)
     head = stored(mnn_int4, names.HEAD, "lm_head.weight")
@@ -281,6 +328,10 @@ BAD = {
         "assert old in d; model.write_bytes(d.replace(old, struct.pack('<f', 0.44715)))",
         "does not compute what its graph does",
     ),
+    "one bit of a norm is changed": (
+        "real(a); d = bytearray(weights.read_bytes()); d[4 * 70] ^= 1; weights.write_bytes(d)",
+        "transformer.layers.0.input_layernorm.bias not there bit for bit",
+    ),
     "killed": ("real(a); import os; os.kill(os.getpid(), 9)", "ended by SIGKILL"),
     "an error in the log": ("real(a); print('[ERROR] something')", "[ERROR] something"),
 }
@@ -336,8 +387,8 @@ def test_a_bundle_that_computes_in_float16_is_refused(tmp_path, checkpoint_of_tw
 
 
 def test_weights_that_are_written_wrongly_are_found(tmp_path, source, monkeypatch):
-    pack = mnn_graph.pack_codes
-    monkeypatch.setattr(mnn_graph, "pack_codes", lambda codes, bits: pack(codes ^ (codes == 3), bits))
+    push = CodePacker.push
+    monkeypatch.setattr(CodePacker, "push", lambda packer, codes: push(packer, codes ^ (codes == 3)))
     with pytest.raises(ExportError, match="was not written as the bundle has it"):
         convert(source, tmp_path / "mnn", bits=4)
     assert not (tmp_path / "mnn").exists()
@@ -365,7 +416,48 @@ def test_no_space_is_one_sentence(tmp_path, source, monkeypatch):
     monkeypatch.setattr(bundle_writer, "DirectFile", lambda path: FullDisk(real(path), 20_000))
     with pytest.raises(BundleError, match="the disk is full"):
         convert(source, tmp_path / "mnn")
+    assert list(tmp_path.iterdir()) == [], "not even a log, of which the sentence says nothing"
+
+
+def test_no_space_for_what_lies_beside_is_one_sentence(tmp_path, source, monkeypatch):
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(mnn_graph.onnx, "save", full)
+    with pytest.raises(BundleError, match="mnn could not be written: the disk is full"):
+        convert(source, tmp_path / "mnn")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("bits", "words"),
+    [
+        (8, r"mlp\.dense_4h_to_h\.weight cannot be stored: a weight is no finite number"),
+        (None, "the bundle's own graph gives NaN"),
+    ],
+)
+def test_weights_that_are_no_numbers_are_named(tmp_path, bits, words):
+    tensors = make_tensors(num_blocks=1, **WIDE)
+    tensors["transformer.layers.0.mlp.dense_4h_to_h.weight"][3, 5] = float("nan")
+    checkpoint = write_checkpoint(tmp_path / "checkpoint", tokenizer=False, num_blocks=1, **WIDE)
+    write_weights(checkpoint, tensors, "bin")
+    split_directory(checkpoint, tmp_path / "bundle", opset=17)
+    with pytest.raises(ExportError, match=words) as error:
+        convert(tmp_path / "bundle", tmp_path / "mnn", bits=bits)
+    log = tmp_path / "mnn.glm_block_0.log"
+    assert log.exists() == (str(log) in str(error.value))
     assert not (tmp_path / "mnn").exists()
+
+
+def test_what_low_memory_mode_harms_can_be_made_for_the_normal_one(tmp_path, source, shared, monkeypatch):
+    monkeypatch.setattr(mnn_check, "LOW_BOUND", 1e-9)
+    with pytest.raises(ExportError, match=r"off in low memory mode, .*; give --memory normal"):
+        convert(source, tmp_path / "mnn", bits=8)
+    convert(source, tmp_path / "mnn", bits=8, memory="normal")
+    assert [*open_bundle(tmp_path / "mnn").graph(names.HEAD)["checked"]] == ["normal"]
+    result = glmexport("verify", tmp_path / "mnn", shared("mnn-one-block", lambda path: None), "-q", "--steps", "1")
+    assert result.status == 0, result.stdout
+    assert ", low" not in result.stdout
 
 
 def test_a_killed_run_goes_on(tmp_path, int4, mnn_int4, monkeypatch):
@@ -484,9 +576,9 @@ def test_the_command_says_what_it_made(tmp_path, source):
 
 
 def test_without_mnn_it_is_one_sentence(tmp_path, source, monkeypatch):
-    monkeypatch.setattr("glmexport.convert.mnn_tool.importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("glmexport.mnn.converter.importlib.util.find_spec", lambda name: None)
     result = glmexport("convert", "mnn", source, "-o", tmp_path / "mnn", "-q")
-    assert_one_sentence(result, "MNN is not installed", "pip install glmexport[mnn]")
+    assert_one_sentence(result, "MNN is not installed", "pip install 'glmexport[mnn]'")
 
 
 # Verifying
@@ -515,6 +607,16 @@ def damage_scale(bundle: Path) -> None:
         data[start : start + 4] = (np.frombuffer(bytes(data[start : start + 4]), np.float32) * 2).tobytes()
 
     change(bundle, "glm_block_0", double)
+
+
+def damage_norm(bundle: Path) -> None:
+    """The last bit of one number of a norm, which no output shows."""
+    path = bundle / "glm_block_1.mnn.weight"
+    data = bytearray(path.read_bytes())
+    data[4 * 70] ^= 1  # the first norm has 64 weights and 64 biases there
+    path.unlink()
+    path.write_bytes(data)
+    record_again(bundle, path.name)
 
 
 def damage_bias(bundle: Path) -> None:
@@ -555,7 +657,7 @@ def other_config(bundle: Path) -> None:
     write_manifest(bundle, manifest)
 
 
-@pytest.mark.parametrize("damage", [damage_code, damage_scale, damage_bias, swap_blocks, other_config])
+@pytest.mark.parametrize("damage", [damage_code, damage_scale, damage_bias, damage_norm, swap_blocks, other_config])
 def test_verify_finds_what_is_wrong(tmp_path, mnn_int4, checkpoint_of_two, damage):
     bundle = shutil.copytree(mnn_int4, tmp_path / "bundle")
     damage(bundle)

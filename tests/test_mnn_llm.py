@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -12,21 +13,24 @@ import torch
 from checkpoints import write_checkpoint
 from conftest import ROOT, listing, split_directory
 from derived_bundles import assert_one_sentence, derived, glmexport, quantize_pass
+from mnn_layout import slowly_read
 
 from glmexport.bundle import open_bundle
 from glmexport.checkpoint import open_checkpoint
-from glmexport.errors import ExportError
+from glmexport.errors import BundleError, ExportError
 from glmexport.form import RAW, EmbeddingForm
-from glmexport.mnn_llm import engine, package, position_probe
+from glmexport.mnn import converter
+from glmexport.mnn.matrix import MnnMatrix
+from glmexport.mnn_llm import package, position_probe
 from glmexport.mnn_llm.check import STEPS, check_package, random_prompts
 from glmexport.mnn_llm.engine import ask
 from glmexport.mnn_llm.engine_graph import engine_graph
 from glmexport.mnn_llm.following import CheckpointReference, ModelReference, follow
 from glmexport.mnn_llm.inputs import open_input
 from glmexport.mnn_llm.package import NEVER, PackageOptions, write_package
-from glmexport.mnn_llm.stored_weights import read_matrix
 from glmexport.passes.raw_embedding import EmbedPass
 from glmexport.passes.slim_vocab import SlimPass
+from glmexport.patch import patch_named
 from glmexport.quantized_rows import QuantizedRows
 from glmexport.stored import stored_tensors_of
 from glmexport.tokenizer import Tokenizer
@@ -52,6 +56,12 @@ def write(source: Path, output: Path, **options):
         return write_package(found.source, found.reference, output, PackageOptions(**options))
 
 
+def read_place(data: bytes, place) -> np.ndarray:
+    """The matrix [outputs, inputs] at a place of the weight file."""
+    stored = place.stored
+    return slowly_read(data[place.offset : place.end], stored.outputs, stored.inputs, stored.bits, stored.block)[0]
+
+
 def checked(directory: Path, form: str = "float32"):
     """A package compared with the golden checkpoint anew."""
     with open_checkpoint(GOLDEN) as checkpoint:
@@ -67,7 +77,7 @@ def test_every_token_is_the_references(exact):
     assert manifest["check"]["prompts"] >= 20
     assert manifest["check"]["same"] == manifest["check"]["tokens"] >= 20 * STEPS
     assert manifest["check"]["logits_error"] < 1e-4
-    assert manifest["mnn"]["version"] == engine.mnn_version()
+    assert manifest["mnn"]["version"] == converter.mnn_version()
     with open_checkpoint(GOLDEN) as checkpoint:
         lengths = sorted(len(prompt) - 2 for prompt in random_prompts(checkpoint.config))
     assert (len(lengths), lengths[0], lengths[-1]) == (20, 1, 200)
@@ -179,11 +189,41 @@ def test_a_quantized_bundle_keeps_its_integers(quick_bundle, tmp_path):
         record = bundle.graph(entry)["matrices"][f"{name}.weight"]
         places = stored_tensors_of(bundle, entry)
         rows = QuantizedRows(bundle.directory, places, f"{name}.weight", record, shape, "matmulnbits")
-        found, _ = read_matrix(data[place.offset : place.end], place.stored)
+        found = read_place(data, place)
         assert np.allclose(found, rows.rows(np.arange(shape[0])), atol=1e-6)
     assert_one_sentence(
         glmexport("package", "mnn-llm", int4, "-o", tmp_path / "x", "--bits", "8"), "keeps its integers"
     )
+
+
+def test_names_are_the_architectures(quick_bundle, tmp_path, monkeypatch):
+    """Embedding and head by the names that the patch has, whatever they are; an unknown architecture is said."""
+    patch = dataclasses.replace(patch_named("chatglm-6b"), embedding="tok", head="out")
+    monkeypatch.setattr("glmexport.mnn_llm.source.patch_named", lambda name: patch)
+    with open_input(str(quick_bundle), None, tmp_path / "x", print) as found:
+        assert (found.source.embedding_name, found.source.head_name) == ("tok.weight", "out.weight")
+        with pytest.raises(BundleError, match=r"no tensor tok\.weight"):
+            next(found.source.embedding_bands())
+        bits = {name: PackageOptions(bits=4).stored(found.source, name, 64, 64).bits for name in ("out", "lm_head")}
+    assert bits == {"out": 8, "lm_head": 4}
+    with pytest.raises(BundleError, match="'glm-5' is not one this glmexport knows"):
+        patch_named("glm-5")
+
+
+def test_groups_that_are_whole_in_equal_blocks_keep_their_integers(tmp_path):
+    """48 inputs in groups of 32 and 16 are three blocks of 16; one group of 128 is one of 48. Groups of 40 are none."""
+    sizes = {"hidden_size": 48, "inner": 96, "num_blocks": 1}
+    checkpoint = write_checkpoint(tmp_path / "checkpoint", **sizes)
+    split_directory(checkpoint, tmp_path / "bundle", opset=17)
+    for group, symmetric in ((32, True), (128, False)):
+        derived(tmp_path / "bundle", tmp_path / f"int4-{group}", quantize_pass(4, group, symmetric=symmetric))
+        result = write(tmp_path / f"int4-{group}", tmp_path / f"package-{group}").result
+        assert result.complaint is None
+    narrow = write_checkpoint(tmp_path / "narrow", hidden_size=40, num_blocks=1)
+    split_directory(narrow, tmp_path / "narrow-bundle", opset=17)
+    derived(tmp_path / "narrow-bundle", tmp_path / "narrow-int4", quantize_pass(4, 32))
+    result = glmexport("package", "mnn-llm", tmp_path / "narrow-int4", "-o", tmp_path / "x")
+    assert_one_sentence(result, "40 inputs in groups of 32", "give the checkpoint")
 
 
 def test_a_float32_bundle_gives_the_checkpoints_weights(quick_bundle, exact, tmp_path):
@@ -203,9 +243,8 @@ def test_a_quantized_package_is_its_dequantized_weights(tmp_path):
         options = PackageOptions(bits=4)
         graph = engine_graph(config, lambda *matrix: options.stored(found.source, *matrix), corrected=True)
     for place in graph.places:
-        if hasattr(place.stored, "bits"):
-            weights, _ = read_matrix(data[place.offset : place.end], place.stored)
-            state[f"{place.name}.weight"] = torch.from_numpy(weights)
+        if isinstance(place.stored, MnnMatrix):
+            state[f"{place.name}.weight"] = torch.from_numpy(read_place(data, place))
     with torch.device("meta"):
         model = patch.build_reference(config)
     model.load_state_dict(state, assign=True, strict=False)
@@ -256,7 +295,7 @@ def test_bad_input_is_one_sentence(exact, tmp_path, small_checkpoint, monkeypatc
     assert_one_sentence(glmexport("inspect", exact), "mnn-llm")
     float32 = write_checkpoint(tmp_path / "float32", dtype=torch.float32)
     assert_one_sentence(glmexport("package", "mnn-llm", float32, "-o", target, "--bits", "16"), "--bits 32")
-    monkeypatch.setattr(engine, "find_spec", lambda name: None)
+    monkeypatch.setattr(converter.importlib.util, "find_spec", lambda name: None)
     assert_one_sentence(glmexport("package", "mnn-llm", GOLDEN, "-o", target), "pip install 'glmexport[mnn]'")
     assert not target.exists()
 

@@ -2,59 +2,26 @@
 
 from __future__ import annotations
 
-import struct
-
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from mnn_layout import slowly_read
 
-from glmexport.convert.mnn_matrix import (
-    Integers,
-    MnnMatrix,
-    StoredMatrix,
-    block_for,
-    dequantized,
-    is_nearest,
-    pack_codes,
-    quantized,
-    unpack_codes,
-)
+from glmexport.affine import Affine
 from glmexport.errors import ExportError
+from glmexport.mnn.matrix import CodePacker, Integers, MnnMatrix, StoredMatrix, dequantized, integer_parts, unpack_codes
+from glmexport.mnn.rounding import block_for, block_that_holds, is_nearest, quantized
 
 RANDOM = np.random.default_rng(5)
 
 
 def stored_bytes(matrix: MnnMatrix, rows: np.ndarray, bias: np.ndarray) -> np.ndarray:
     if matrix.is_integers:
-        codes, scales = quantized(rows, matrix)
-        parts = [matrix.header, pack_codes(codes, matrix.bits).tobytes(), scales.tobytes(), bias.tobytes()]
+        parts = [part.tobytes() for part in integer_parts(matrix, iter([quantized(rows, matrix)]), bias)]
     else:
         parts = [rows.astype(np.float32 if matrix.bits == 32 else np.float16).tobytes(), bias.tobytes()]
     return np.frombuffer(b"".join(parts), np.uint8)
-
-
-def slowly_decoded(data: bytes, matrix: MnnMatrix) -> np.ndarray:
-    """By the layout as MNN's converter writes it: one number after the other."""
-    wide = matrix.outputs * matrix.blocks > 65535 or matrix.block > 65535
-    dims, rows, width, levels = struct.unpack_from("<B2IB" if wide else "<B2HB", data)
-    assert (dims, rows, width) == (2, matrix.outputs * matrix.blocks, matrix.block)
-    levels = levels or 256
-    at = struct.calcsize("<B2IB" if wide else "<B2HB")
-    table = np.frombuffer(data, np.int8, levels, at).astype(int)
-    at += levels
-    count = matrix.outputs * matrix.inputs
-    if levels == 16:
-        numbers = [data[at + i // 2] >> 4 if i % 2 == 0 else data[at + i // 2] & 15 for i in range(count)]
-        at += -(-count // 2)
-    else:
-        numbers = [data[at + i] for i in range(count)]
-        at += count
-    pairs = np.frombuffer(data, np.float32, rows * 2, at).reshape(rows, 2)
-    values = [
-        (table[number] + levels // 2) * pairs[i // width, 1] + pairs[i // width, 0] for i, number in enumerate(numbers)
-    ]
-    return np.array(values, np.float32).reshape(matrix.outputs, matrix.inputs)
 
 
 @pytest.mark.parametrize(("bits", "inputs", "block"), [(4, 64, 16), (8, 64, 64), (4, 48, 48), (8, 17, 17), (4, 7, 7)])
@@ -65,7 +32,8 @@ def test_integers_lie_as_the_layout_says(bits, inputs, block):
     assert len(data) == matrix.total_bytes
     stored = StoredMatrix(data, matrix)
     assert np.array_equal(stored.bias, bias)
-    slow = slowly_decoded(data.tobytes(), matrix)
+    slow, slow_bias = slowly_read(data.tobytes(), 5, inputs, bits, block)
+    assert np.array_equal(slow_bias, bias)
     np.testing.assert_allclose(stored.rows(0, 5), slow, rtol=0, atol=1e-6)
     np.testing.assert_array_equal(np.concatenate([stored.rows(0, 2), stored.rows(2, 3)]), stored.rows(0, 5))
     step = (rows.reshape(5, -1, block).max(-1) - rows.reshape(5, -1, block).min(-1)) / ((1 << bits) - 1)
@@ -85,16 +53,21 @@ def test_a_header_has_wide_sizes_where_narrow_ones_do_not_do():
     )
 
 
-@given(st.integers(1, 9), st.integers(1, 9), st.sampled_from([4, 8]), st.data())
-@settings(max_examples=40, deadline=None)
-def test_packing_is_undone(rows, inputs, bits, data):
-    codes = np.array(
-        data.draw(st.lists(st.integers(0, (1 << bits) - 1), min_size=rows * inputs, max_size=rows * inputs)), np.uint8
+@given(st.lists(st.lists(st.integers(0, 15), max_size=9), max_size=6), st.sampled_from([4, 8]), st.data())
+@settings(max_examples=60, deadline=None)
+def test_codes_are_packed_alike_in_any_pieces_and_come_back(pieces, bits, data):
+    packer = CodePacker(bits)
+    parts = [packer.push(np.array(piece, np.uint8)) for piece in pieces]
+    packed = np.concatenate([*parts, packer.finish()])
+    codes = [code for piece in pieces for code in piece]
+    even = [*codes, *[0] * (len(codes) % 2)]
+    assert packed.tolist() == (
+        codes if bits == 8 else [high << 4 | low for high, low in zip(even[::2], even[1::2], strict=True)]
     )
-    packed = pack_codes(codes.reshape(rows, inputs), bits)
-    first = data.draw(st.integers(0, codes.size - 1))
-    found = unpack_codes(packed[first * bits // 8 :], bits, first * bits % 8 > 0, codes.size - first)
-    np.testing.assert_array_equal(found, codes[first:])
+    if codes:
+        first = data.draw(st.integers(0, len(codes) - 1))
+        found = unpack_codes(packed[first * bits // 8 :], bits, first * bits % 8 > 0, len(codes) - first)
+        assert found.tolist() == codes[first:]
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -161,3 +134,22 @@ def test_floats_are_held_to_their_own_rounding(bits):
     stored = StoredMatrix(stored_bytes(matrix, rows, np.zeros(3, np.float32)), matrix)
     assert is_nearest(stored.rows(0, 3), rows, matrix, rounded=True)
     assert not is_nearest(stored.rows(0, 3) * np.float32(1.001), rows, matrix, rounded=True)
+
+
+@pytest.mark.parametrize(
+    ("group", "inputs", "block"),
+    [
+        (32, 64, 32),
+        (64, 64, 64),
+        (128, 64, 64),  # one group, narrower than it may be
+        (128, 40, 40),
+        ("channel", 300, 300),
+        (32, 48, 16),  # the second group has 16
+        (64, 272, 16),
+        (128, 192, 64),
+        (32, 40, None),
+        (64, 300, None),
+    ],
+)
+def test_equal_blocks_hold_the_groups_of_a_bundle(group, inputs, block):
+    assert block_that_holds(Affine(4, group), inputs) == block

@@ -84,7 +84,7 @@ def mnn(
 
     The raw embedding, the pieces (slim_vocab.txt or vocab.txt) and the tokenizer lie beside them. A quantized bundle's
     integers and scales go over as they are; a float32 bundle's matrices can be rounded on the way. Every graph is read
-    back and run against onnxruntime before it is kept. Needs MNN: pip install glmexport[mnn].
+    back and run against onnxruntime before it is kept. Needs MNN: pip install 'glmexport[mnn]'.
 
     \b
     Examples:
@@ -94,7 +94,8 @@ def mnn(
     """
     from glmexport.bundle import open_bundle
     from glmexport.checkpoint import open_checkpoint
-    from glmexport.convert.mnn import MnnOptions, convert_mnn, convert_total
+    from glmexport.convert.mnn import convert_mnn, convert_total
+    from glmexport.convert.mnn_plan import MnnOptions
 
     if not target.name:
         raise click.BadParameter("the name of a directory to make is needed.", param_hint="--output")

@@ -75,7 +75,7 @@ def mnn_llm(
       glmexport package mnn-llm chatglm-6b/ -o exact/ --bits 16 --check
       glmexport package mnn-llm int4/ -o phone/ --json report.json
     """
-    from glmexport.mnn_llm.engine import mnn_version
+    from glmexport.mnn.converter import mnn_version
     from glmexport.mnn_llm.inputs import open_input
     from glmexport.mnn_llm.package import ALWAYS, AUTO, NEVER, PackageOptions, expected_bytes, write_package
 

@@ -12,7 +12,6 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,122 +20,30 @@ import numpy as np
 
 from glmexport import __version__, names
 from glmexport.bundle import SCHEMA, Bundle, LinkedFile, demand_onnx
-from glmexport.bundle_writer import BundleWriter, check_output
-from glmexport.convert.mnn_check import check_numbers, check_weights
+from glmexport.bundle_writer import BundleWriter, check_output, sentences
+from glmexport.convert.mnn_check import check_numbers, check_vectors, check_weights
 from glmexport.convert.mnn_embedding import raw_embedding
 from glmexport.convert.mnn_graph import Laid, convert_stand_ins, model_bytes, write_weights
-from glmexport.convert.mnn_matrix import FLOAT16, FLOAT32, block_for
+from glmexport.convert.mnn_plan import MnnOptions, MnnPlan, jobs_at_once, plan_mnn
 from glmexport.convert.mnn_sources import CHANNEL, FloatSource, Source, float_form, float_source, quantized_source
-from glmexport.convert.mnn_tool import mnn_version
 from glmexport.convert.plain_graph import PlainGraph, plain_graph
 from glmexport.derive import demand_apart, demand_intact
 from glmexport.draft import BundleDraft, Notice, as_matrix, draft_of_bundle, ignore_notice, is_matrix
 from glmexport.draft_writer import Advance, check_disk, ignore_advance
-from glmexport.errors import BundleError, ExportError, GlmExportError
-from glmexport.form import FLOAT16 as HALF
+from glmexport.errors import BundleError, ExportError
 from glmexport.form import FLOAT32 as FLOAT32_DTYPE
 from glmexport.form import GRAPH, RAW
 from glmexport.interface import GraphSpec, TensorSpec, graph_spec
-from glmexport.mnn_module import LOW, NORMAL
-from glmexport.mnn_session import TAKES
+from glmexport.mnn.converter import mnn_version
+from glmexport.mnn.matrix import FLOAT16, FLOAT32
+from glmexport.mnn.rounding import block_for
+from glmexport.mnn.session import TAKES
 from glmexport.passes.slim_vocab import with_vocabulary_file
 from glmexport.recipe import affine_of_record, policy_record
 from glmexport.tensors import Matrix
 
 if TYPE_CHECKING:
     from glmexport.checkpoint import Checkpoint
-
-BITS = (8, 4, 16, FLOAT32)
-DEFAULT_BLOCK = 128
-HEAD_BITS = 8
-"""Of the LM head where the blocks get fewer."""
-
-MEMORY_BUDGET = 3_000_000_000
-BASE_MEMORY = 400_000_000
-"""Interpreter, onnxruntime and one process with MNN in it, before any weight."""
-
-
-@dataclass(frozen=True)
-class MnnOptions:
-    """How to convert.
-
-    bits: of the blocks' matrices, one of `BITS`; None: as the bundle stores them. lm_bits: of the LM head; None: 8
-    where `bits` is 4, else `bits`. block: the most inputs that share a scale. memory: the mode that the bundle is run
-    in, None: low where anything is quantized. argmax: what the head gives, None: as the bundle's. jobs: graphs at once.
-    """
-
-    bits: int | None = None
-    lm_bits: int | None = None
-    block: int = DEFAULT_BLOCK
-    memory: str | None = None
-    argmax: str | None = None
-    jobs: int = 1
-
-
-@dataclass(frozen=True)
-class MnnPlan:
-    """What is made.
-
-    bits: graph -> of matrices that are float in the bundle. block: inputs of these that share a scale, or CHANNEL.
-    most: what a block is to be at most.
-    """
-
-    bits: Mapping[str, int]
-    block: int
-    most: int
-    memory: str
-    argmax: str
-
-
-def plan_mnn(bundle: Bundle, options: MnnOptions, notice: Notice) -> MnnPlan:
-    """Decide and say what is decided. Raises GlmExportError where the options do not fit the bundle."""
-    for asked in (options.bits, options.lm_bits):
-        if asked is not None and asked not in BITS:
-            raise GlmExportError(f"bits is {asked}, expected one of {', '.join(map(str, BITS))}.")
-    if options.block < 1 or options.jobs < 1:
-        raise GlmExportError(f"block is {options.block} and jobs {options.jobs}, expected 1 or more of each.")
-    kept = FLOAT16 if bundle.form.weights == HALF else FLOAT32
-    quantized = {entry["name"]: {record["bits"] for record in entry["matrices"].values()} for entry in bundle.graphs}
-    bits = dict.fromkeys(quantized, kept)
-    if bundle.form.quantization is None:
-        blocks = options.bits or kept
-        bits = dict.fromkeys(quantized, blocks)
-        bits[names.HEAD] = options.lm_bits or max(blocks, HEAD_BITS)
-    else:
-        _demand_same_bits(bundle, options, quantized)
-        notice("The bundle is quantized: its integers and scales go over as they are, nothing is rounded again.")
-    block = _block(bundle, options.block, bits, notice)
-    integers = any(quantized.values()) or any(count < FLOAT16 for count in bits.values())
-    memory = options.memory or (LOW if integers else NORMAL)
-    return MnnPlan(bits, block, options.block, memory, options.argmax or bundle.argmax)
-
-
-def _demand_same_bits(bundle: Bundle, options: MnnOptions, found: Mapping[str, set[int]]) -> None:
-    blocks = set().union(*(bits for name, bits in found.items() if name != names.HEAD))
-    head = found[names.HEAD]
-    for asked, has, option in ((options.bits, blocks, "--bits"), (options.lm_bits, head, "--lm-bits")):
-        if asked is not None and has and has != {asked}:
-            words = " and ".join(f"int{count}" for count in sorted(has))
-            raise GlmExportError(
-                f"The bundle is quantized to {words} already and {option} asks for {asked} bits; leave {option} out "
-                "to keep its integers, or convert the float32 bundle: rounding twice only adds errors."
-            )
-
-
-def _block(bundle: Bundle, at_most: int, bits: Mapping[str, int], notice: Notice) -> int:
-    """Inputs that share a scale, of matrices that are rounded here, with a notice where any are."""
-    rounds = [entry for entry in bundle.graphs if bits[entry["name"]] < FLOAT16 and entry["name"] != names.EMBEDDING]
-    if not rounds:
-        return CHANNEL
-    config = bundle.config
-    inputs = {config.hidden_size, config.inner_size}
-    block = block_for(inputs, at_most)
-    if block is None:
-        sizes = " and ".join(map(str, sorted(inputs)))
-        notice(f"No multiple of 16 up to {at_most} divides {sizes} inputs: one scale for each output (per channel).")
-        return CHANNEL
-    notice(f"{block} inputs share a scale" + f" ({at_most} asked for)" * (block != at_most) + ".")
-    return block
 
 
 def convert_mnn(
@@ -178,25 +85,33 @@ def convert_mnn(
         "checkpoint": None if checkpoint is None else checkpoint.weights.state_when_opened,
         "glmexport": __version__,
     }
-    with BundleWriter(output, force=force, copy=copy, identity=identity, resume=resume) as writer:
+    with (
+        BundleWriter(output, force=force, copy=copy, identity=identity, resume=resume) as writer,
+        sentences(output),  # of files that are made beside the bundle on the way
+    ):
         if resume and not writer.resumed:
             notice(f"There is no unfinished run of {output} to go on with; it is begun anew.")
         with _scratch(output) as scratch:
             work = partial(_graph, writer, bundle, plan, spare, scratch=scratch, notice=notice, advance=advance)
-            entries = dict(_at_once(_jobs(bundle, options or MnnOptions()), graphs, work))
-        for name, content in draft.files.items():
-            if isinstance(content, bytes):
-                writer.write_bytes(name, content)
-            elif isinstance(content, LinkedFile):
-                writer.link(name, content)
-            else:
-                with writer.create(name) as sink:
-                    for rows in content.slices():
-                        data = np.ascontiguousarray(rows).reshape(-1).view(np.uint8)
-                        sink.write(data.data)
-                        advance(name, data.nbytes)
+            entries = dict(_at_once(jobs_at_once(bundle, options or MnnOptions()), graphs, work))
+        _write_files(writer, draft, advance)
         writer.commit(_manifest(bundle, draft, plan, version, [entries[graph] for graph in graphs]))
     return plan
+
+
+def _write_files(writer: BundleWriter, draft: BundleDraft, advance: Advance) -> None:
+    """What lies beside the graphs."""
+    for name, content in draft.files.items():
+        if isinstance(content, bytes):
+            writer.write_bytes(name, content)
+        elif isinstance(content, LinkedFile):
+            writer.link(name, content)
+        else:
+            with writer.create(name) as sink:
+                for rows in content.slices():
+                    data = np.ascontiguousarray(rows).reshape(-1).view(np.uint8)
+                    sink.write(data.data)
+                    advance(name, data.nbytes)
 
 
 def _demand_float32(bundle: Bundle) -> None:
@@ -245,23 +160,36 @@ def _graph(
     spec = graph_spec(graph, bundle.config, plan.argmax)
     plain = plain_graph(bundle, graph, plan.argmax)
     sources = _sources(bundle, graph, plain, plan, spare, notice)
-    log = writer.output.with_name(f"{writer.output.name}.{graph}.log")
-    converted = convert_stand_ins(plain, scratch, log)
-    model, beside = names.graph_file(graph, names.MNN), names.data_file(graph, names.MNN)
-    with writer.create(beside) as sink:
-        laid = write_weights(converted, plain, sources, sink, lambda count: advance(f"write {graph}", count))
-    writer.write_bytes(model, model_bytes(converted, laid, writer.files[beside].sha256))
-    advance(f"check {graph}", 0)
-    files = writer.path(model), writer.path(beside)
-    try:
-        weights = check_weights(files[1], laid, plain, sources, keep=spec.kind == names.KIND_BLOCK)
-        errors = check_numbers(*files, laid, plain, weights, spec, bundle.config.max_positions)
-    except ExportError as error:
-        raise ExportError(f"{error} What the converter printed is in {log}.") from error
-    log.unlink()
+    with _log_of(writer, graph) as log:
+        converted = convert_stand_ins(plain, scratch, log)
+        model, beside = names.graph_file(graph, names.MNN), names.data_file(graph, names.MNN)
+        with writer.create(beside) as sink:
+            laid = write_weights(converted, plain, sources, sink, lambda count: advance(f"write {graph}", count))
+        writer.write_bytes(model, model_bytes(converted, laid, writer.files[beside].sha256))
+        advance(f"check {graph}", 0)
+        files = writer.path(model), writer.path(beside)
+        try:
+            check_vectors(*files, plain)
+            weights = check_weights(files[1], laid, plain, sources, keep=spec.kind == names.KIND_BLOCK)
+            errors = check_numbers(*files, laid, plain, weights, spec, bundle.config.max_positions, plan.memory)
+        except ExportError as error:
+            raise ExportError(f"{error} What the converter printed is in {log}.") from error
     entry = _entry(bundle, graph, spec, laid, sources, errors)
     writer.finish(graph, (beside, model), entry)
     return entry
+
+
+@contextmanager
+def _log_of(writer: BundleWriter, graph: str) -> Iterator[Path]:
+    """Where the converter's words go; it stays where an error speaks of it."""
+    log = writer.output.with_name(f"{writer.output.name}.{graph}.log")
+    try:
+        yield log
+    except BaseException as error:
+        if str(log) not in str(error):
+            log.unlink(missing_ok=True)
+        raise
+    log.unlink()
 
 
 def _sources(
@@ -376,13 +304,6 @@ def _estimate(bundle: Bundle, plan: MnnPlan) -> int:
     if bundle.form.embedding.kind != GRAPH:
         total += 0 if bundle.form.embedding.kind == RAW else 4 * bundle.config.vocab_size * bundle.config.hidden_size
     return total + total // 4
-
-
-def _jobs(bundle: Bundle, options: MnnOptions) -> int:
-    """Graphs at once, so that their checks fit into the memory budget: each runs its weights as float32."""
-    config = bundle.config
-    block = 4 * config.hidden_size * (4 * config.hidden_size + 2 * config.inner_size)
-    return max(min(options.jobs, (MEMORY_BUDGET - BASE_MEMORY) // (3 * block // 2 + BASE_MEMORY // 2)), 1)
 
 
 def _at_once(

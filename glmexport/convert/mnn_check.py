@@ -1,31 +1,34 @@
 """Whether a converted graph is right: what lies in its files, and what MNN computes from them.
 
-First every weight is read back from the finished file and held against the bundle's. Then MNN runs the graph in a
-process of its own (a damaged file can end it), and onnxruntime the bundle's graph with exactly the weights that were
-read back: in normal memory mode nothing but the order of float32 sums may differ, whatever the bits.
+First every weight is read back from the finished files and held against the bundle's, norms and tables bit for bit.
+Then MNN runs the graph in a process of its own (a damaged file can end it), and onnxruntime the bundle's graph with
+exactly the weights that were read back: in normal memory mode nothing but the order of float32 sums may differ,
+whatever the bits.
 """
 
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 
 from glmexport import names
 from glmexport.convert.mnn_graph import Laid
-from glmexport.convert.mnn_matrix import FileBytes, StoredMatrix, is_nearest
 from glmexport.convert.mnn_sources import FloatSource, Source
 from glmexport.convert.plain_graph import PlainGraph
 from glmexport.errors import ExportError
 from glmexport.interface import GraphSpec
-from glmexport.mnn_module import LOW, NORMAL, run_request
-from glmexport.mnn_session import as_mnn_takes
+from glmexport.mnn.matrix import FileBytes, StoredMatrix
+from glmexport.mnn.module import LOW, NORMAL, run_request
+from glmexport.mnn.process import last_line, run_apart
+from glmexport.mnn.rounding import is_nearest
+from glmexport.mnn.session import as_mnn_takes
+from glmexport.mnn.vectors import complaint_of_vectors
 from glmexport.onnx_files import Array
 
 Weights = dict[str, Array]
@@ -85,6 +88,22 @@ def check_weights(
     return kept
 
 
+def check_vectors(model: Path, beside: Path, plain: PlainGraph) -> None:
+    """Hold the norms and tables of a finished graph, which the converter copied, bit for bit against the bundle's.
+
+    model, beside: the files. Raises ExportError, which names what differs.
+    """
+    floats = {
+        tensor.name: onnx.numpy_helper.to_array(tensor)
+        for tensor in plain.model.graph.initializer
+        if tensor.data_type == onnx.TensorProto.FLOAT
+    }
+    needed = {name: value for name, value in floats.items() if value.ndim == 1 and value.size > 1}
+    complaint = complaint_of_vectors(model.read_bytes(), beside, needed, floats)
+    if complaint:
+        raise ExportError(f"{model.name}: the converter did not copy what the bundle has, {complaint}; convert again.")
+
+
 def check_numbers(
     model: Path,
     beside: Path,
@@ -93,30 +112,45 @@ def check_numbers(
     weights: Weights,
     spec: GraphSpec,
     positions: int,
+    memory: str,
 ) -> dict[str, float]:
     """Run a finished graph and its reference; returns memory mode -> worst ‖error‖ / ‖reference‖.
 
     model, beside: the files. weights: of `check_weights`, emptied once they are used. positions: ids of positions are
-    below it. Raises ExportError where the two differ by more than the mode's bound.
+    below it. memory: the mode that the bundle is to be run in. Raises ExportError where the two differ by more than the
+    mode's bound.
     """
     feeds = [_feeds(spec, positions, *case) for case in CASES]
     parts = _head_in_parts(beside, laid) if spec.kind == names.KIND_HEAD else iter([weights])
     expected = _reference(plain, spec, feeds, parts)
     weights.clear()  # their memory is MNN's turn
-    floats = 4 * sum(one.product.inputs * one.product.outputs for one in laid)
-    integers = any(one.stored.is_integers for one in laid)
-    bounds = {NORMAL: NORMAL_BOUND, LOW: LOW_BOUND} if integers else {NORMAL: NORMAL_BOUND}
-    if floats > NORMAL_BYTES and integers:
-        del bounds[NORMAL]
-    worst, found = {}, run_apart(model, spec, feeds, [*bounds])
-    for memory, bound in bounds.items():
-        worst[memory] = max(_distance(ours, theirs) for ours, theirs in zip(found[memory], expected, strict=True))
-        if not worst[memory] <= bound:
+    if not all(np.isfinite(value).all() for case in expected for value in case.values()):
+        raise ExportError(
+            f"{model.name}: the bundle's own graph gives NaN or infinite numbers for ordinary inputs, which "
+            "nothing can be held to; look at the checkpoint's weights."
+        )
+    bounds = _bounds(laid, memory)
+    worst, found = {}, run_in_mnn(model, spec, feeds, [*bounds])
+    for mode, bound in bounds.items():
+        worst[mode] = max(_distance(ours, theirs) for ours, theirs in zip(found[mode], expected, strict=True))
+        if not worst[mode] <= bound:
+            normal = "; give --memory normal if it is the weights that rounded activations harm" * (mode == LOW)
             raise ExportError(
-                f"{model.name} does not compute what its graph does: it is {worst[memory]:.1e} off in {memory} memory "
-                f"mode, expected at most {bound:.0e}; nothing was taken over. Convert again, or with another MNN."
+                f"{model.name} does not compute what its graph does: it is {worst[mode]:.1e} off in {mode} memory "
+                f"mode, expected at most {bound:.0e}{normal}. Nothing was taken over: convert again, or with another "
+                "MNN."
             )
     return worst
+
+
+def _bounds(laid: Sequence[Laid], memory: str) -> dict[str, float]:
+    """Modes to run a graph in -> what it may be off; low where it is to be used, or where normal is too large."""
+    floats = 4 * sum(one.product.inputs * one.product.outputs for one in laid)
+    if not any(one.stored.is_integers for one in laid):
+        return {NORMAL: NORMAL_BOUND}
+    if floats > NORMAL_BYTES:
+        return {LOW: LOW_BOUND}
+    return {NORMAL: NORMAL_BOUND, LOW: LOW_BOUND} if memory == LOW else {NORMAL: NORMAL_BOUND}
 
 
 def _distance(found: Mapping[str, Array], expected: Mapping[str, Array]) -> float:
@@ -180,7 +214,7 @@ def _head_in_parts(beside: Path, laid: Sequence[Laid]) -> Iterator[Weights]:
         yield {one.product.matrix: np.ascontiguousarray(stored.rows(start, min(step, outputs - start)).T)}
 
 
-def run_apart(
+def run_in_mnn(
     model: Path, spec: GraphSpec, feeds: Sequence[Mapping[str, Array]], memories: Sequence[str]
 ) -> dict[str, list[dict[str, Array]]]:
     """Memory mode -> outputs of a `.mnn` model for each of `feeds` (as ONNX takes them), computed in another process.
@@ -199,22 +233,11 @@ def run_apart(
             "memories": [*memories],
             "count": len(feeds),
         }
-        command = [sys.executable, "-c", f"from {run_request.__module__} import run_request as run; run()"]
-        try:
-            done = subprocess.run(
-                [*command, json.dumps(request)],
-                cwd=place,
-                stdin=subprocess.DEVNULL,
-                capture_output=True,
-                timeout=TIMEOUT,
-                check=False,
-            )
-        except subprocess.TimeoutExpired as error:
-            raise ExportError(f"{model.name}: MNN did not run it within {TIMEOUT:g} seconds.") from error
-        if done.returncode:
-            said = done.stderr.decode("utf-8", errors="replace").strip().splitlines()[-1:] or ["nothing"]
-            ended = f"status {done.returncode}" if done.returncode > 0 else f"signal {-done.returncode}"
-            raise ExportError(f"{model.name} cannot be run by MNN ({ended}): {said[0]:.300}")
+        call = f"from {run_request.__module__} import run_request as run; run()"
+        said, errors = place / "said", place / "errors"
+        wrong = run_apart(["-c", call, json.dumps(request)], place, said, errors, timeout=TIMEOUT)
+        if wrong:
+            raise ExportError(f"{model.name} cannot be run by MNN: {wrong} ({last_line(errors, said)}).")
         return {memory: [_load(place / f"out-{memory}-{i}.npz") for i in range(len(feeds))] for memory in memories}
 
 

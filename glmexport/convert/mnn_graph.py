@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 import onnx
 
-from glmexport.convert.mnn_file import Convolution, MnnFile, read_mnn, with_matrices, with_sizes, with_uuid
-from glmexport.convert.mnn_matrix import FLOAT32, Integers, MnnMatrix, pack_codes
 from glmexport.convert.mnn_sources import Source
-from glmexport.convert.mnn_tool import run_converter
 from glmexport.convert.plain_graph import PlainGraph, Product, stand_in_bias
 from glmexport.errors import ExportError
+from glmexport.mnn.converter import run_converter
+from glmexport.mnn.file import Convolution, MnnFile, read_mnn, with_matrices, with_sizes, with_uuid
+from glmexport.mnn.matrix import FLOAT32, MnnMatrix, integer_parts
 from glmexport.onnx_files import Array, ByteSink
 
 CONVERT = ("-f", "ONNX", "--bizCode", "glm", "--saveExternalData")
@@ -103,34 +103,22 @@ def write_weights(
         source = sources[product.matrix]
         stored = source.stored
         laid.append(Laid(product, stored, position))
-        sink.write(memoryview(stored.header))
-        scales = []
-        if stored.is_integers:
-            for found in _whole_bytes(source):
-                scales.append(found.scales)
-                _write(sink, pack_codes(found.codes, stored.bits), advance)
-        else:
-            for rows in source.bands():
-                _write(sink, _as_floats(rows, stored, product), advance)
-        for part in scales:
-            _write(sink, part, advance)
         bias = np.zeros(product.outputs, np.float32) if product.bias is None else plain.vectors[product.bias]
-        sink.write(np.ascontiguousarray(bias, np.float32).view(np.uint8).data)
+        if stored.is_integers:
+            parts = integer_parts(stored, source.integers(), bias)
+        else:
+            parts = _float_parts(source, product, bias)
+        for part in parts:
+            sink.write(np.ascontiguousarray(part).reshape(-1).view(np.uint8).data)
+            advance(part.nbytes)
         position += stored.total_bytes
     return tuple(laid)
 
 
-def _write(sink: ByteSink, data: Array, advance: Callable[[int], None]) -> None:
-    sink.write(np.ascontiguousarray(data).reshape(-1).view(np.uint8).data)
-    advance(data.nbytes)
-
-
-def _whole_bytes(source: Source) -> Iterator[Integers]:
-    """The integers of a matrix in bands that end with a whole byte."""
-    if source.stored.bits == 4 and source.stored.inputs % 2:  # a row does not; such matrices are small
-        yield Integers(*(np.concatenate(parts) for parts in zip(*source.integers(), strict=True)))
-    else:
-        yield from source.integers()
+def _float_parts(source: Source, product: Product, bias: Array) -> Iterator[Array]:
+    for rows in source.bands():
+        yield _as_floats(rows, source.stored, product)
+    yield np.ascontiguousarray(bias, np.float32)
 
 
 def _as_floats(rows: Array, stored: MnnMatrix, product: Product) -> Array:

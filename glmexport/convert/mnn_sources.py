@@ -7,7 +7,6 @@ are zero points, z becomes the lowest value, -z * scale in float32.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -16,9 +15,10 @@ import numpy.typing as npt
 
 from glmexport.affine import Floats
 from glmexport.bundle import Bundle
-from glmexport.convert.mnn_matrix import BLOCK_STEP, FLOAT16, Integers, MnnMatrix, quantized
 from glmexport.convert.plain_graph import PlainGraph, Product
 from glmexport.errors import ExportError
+from glmexport.mnn.matrix import FLOAT16, Integers, MnnMatrix
+from glmexport.mnn.rounding import BLOCK_STEP, block_that_holds, quantized
 from glmexport.quantized_rows import QuantizedRows
 from glmexport.tensors import FileTensor, Matrix, rows_per_slice
 
@@ -41,7 +41,10 @@ class FloatSource:
     def integers(self) -> Iterator[Integers]:
         """What is stored of them, where that is integers. Raises ExportError for weights that are no numbers."""
         for rows in self.bands():
-            yield quantized(rows, self.stored)
+            try:
+                yield quantized(rows, self.stored)
+            except ExportError as error:
+                raise ExportError(f"{self.tensor.name} cannot be stored: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -74,7 +77,7 @@ class QuantizedSource:
             self.rows.let_go()
 
     def _ids(self) -> Iterator[npt.NDArray[np.int64]]:
-        step = 2 * max(rows_per_slice(self.stored.inputs) // 2, 1)  # even, so that 4-bit codes end with a byte
+        step = rows_per_slice(self.stored.inputs)
         for start in range(0, self.stored.outputs, step):
             yield np.arange(start, min(start + step, self.stored.outputs))
 
@@ -102,10 +105,8 @@ def quantized_source(bundle: Bundle, graph: str, plain: PlainGraph, product: Pro
     shape = (product.outputs, product.inputs)
     rows = QuantizedRows(bundle.directory, plain.places, product.matrix, record, shape, layout)
     affine = rows.affine
-    block = product.inputs
-    if not affine.per_channel and affine.block_size(product.inputs) < product.inputs:
-        block = math.gcd(affine.block_size(product.inputs), product.inputs)
-    if block != product.inputs and block % BLOCK_STEP:
+    block = block_that_holds(affine, product.inputs)
+    if block is None:
         raise ExportError(
             f"{product.matrix} has groups of {affine.block_size(product.inputs)} of its {product.inputs} inputs, which "
             f"MNN's equal blocks of a multiple of {BLOCK_STEP} cannot hold without rounding again; give "

@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +13,8 @@ import numpy as np
 import numpy.typing as npt
 
 from glmexport.chat import Round
-from glmexport.errors import ExportError, GlmExportError
+from glmexport.errors import ExportError
+from glmexport.mnn.process import last_line, run_apart
 
 Chat = tuple[str, Sequence[Round]]
 """A query, and the rounds before it."""
@@ -37,19 +34,6 @@ class Answers:
     logits: tuple[npt.NDArray[np.float32], ...]
     ids: tuple[list[int], ...]
     chats: tuple[tuple[str, list[int]], ...]
-
-
-def mnn_version() -> str:
-    """The installed version. Raises GlmExportError without MNN, or without its engine."""
-    try:
-        found = version("MNN")
-    except PackageNotFoundError:
-        found = ""
-    if not found or find_spec("_tools") is None or find_spec("_mnncengine") is None:
-        raise GlmExportError(
-            "MNN is not installed, whose engine this is about; `pip install 'glmexport[mnn]'` installs it."
-        )
-    return found
 
 
 def ask(
@@ -76,26 +60,18 @@ def ask(
         "chats": [_messages(chat) for chat in chats],
     }
     with tempfile.TemporaryDirectory(prefix="glmexport-mnn-") as directory:
-        source, target = Path(directory, "request.json"), Path(directory, "result.npz")
+        place = Path(directory)
+        source, target, said, errors = (place / name for name in ("request.json", "result.npz", "said", "errors"))
         source.write_text(json.dumps(request), "utf-8")
-        done = subprocess.run(
-            [sys.executable, "-m", _WORKER, str(source), str(target)],
-            cwd=directory,
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=_SECONDS,
-            check=False,
-        )
-        if done.returncode or not target.is_file():
-            lines = (done.stderr.strip() or done.stdout.strip() or "it said nothing").splitlines()
-            raise ExportError(f"MNN's engine failed on the package ({lines[-1]:.200}, status {done.returncode}).")
+        wrong = run_apart(["-m", _WORKER, str(source), str(target)], place, said, errors, timeout=_SECONDS)
+        if wrong or not target.is_file():
+            wrong = wrong or "it gave no answer"
+            raise ExportError(f"MNN's engine failed on the package: {wrong} ({last_line(errors, said)}).")
         with np.load(target) as result:
             if not result["loaded"]:
-                errors = [line for line in done.stdout.splitlines() if "rror" in line or "ailed" in line]
-                raise ExportError(
-                    f"MNN's engine did not load the package ({(errors or ['no reason given'])[-1]:.200})."
-                )
+                lines = said.read_text("utf-8", errors="replace").splitlines()
+                reasons = [line for line in lines if "rror" in line or "ailed" in line] or ["no reason given"]
+                raise ExportError(f"MNN's engine did not load the package ({reasons[-1]:.200}).")
             return Answers(
                 tuple(result[f"tokens{i}"].tolist() for i in range(len(prompts))),
                 tuple(result[f"logits{i}"] for i in range(len(prompts) if logits else 0)),

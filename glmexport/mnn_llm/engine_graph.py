@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from glmexport import names
 from glmexport.config import ModelConfig
 from glmexport.errors import GlmExportError
+from glmexport.mnn.matrix import MnnMatrix
 from glmexport.mnn_llm.net import Net, Node
-from glmexport.mnn_llm.stored_weights import StoredMatrix
 from glmexport.models.chatglm_6b import HIDDEN_SCORE, RESIDUAL_SCALE_BLOCKS, inverse_frequencies
 
 ARCHITECTURE = "chatglm-6b"
@@ -30,8 +30,8 @@ class StoredNorm:
     width: int
 
     @property
-    def total(self) -> int:
-        """Bytes of both."""
+    def total_bytes(self) -> int:
+        """Of both."""
         return 8 * self.width
 
 
@@ -40,14 +40,14 @@ class Place:
     """One tensor of the model with its bias in the weight file. name: of the checkpoint, without `.weight`."""
 
     name: str
-    stored: StoredMatrix | StoredNorm
+    stored: MnnMatrix | StoredNorm
     offset: int
     has_bias: bool = True
 
     @property
     def end(self) -> int:
         """Offset of the first byte after it."""
-        return self.offset + self.stored.total
+        return self.offset + self.stored.total_bytes
 
 
 @dataclass(frozen=True)
@@ -58,9 +58,7 @@ class EngineGraph:
     places: tuple[Place, ...]
 
 
-def engine_graph(
-    config: ModelConfig, store: Callable[[str, int, int], StoredMatrix], *, corrected: bool
-) -> EngineGraph:
+def engine_graph(config: ModelConfig, store: Callable[[str, int, int], MnnMatrix], *, corrected: bool) -> EngineGraph:
     """The graph of a model of these sizes.
 
     store: (name, outputs, inputs) -> how a matrix is stored. corrected: whether to add 1 to the positions of answered
@@ -73,7 +71,7 @@ def engine_graph(
 
 
 class _Builder:
-    def __init__(self, config: ModelConfig, store: Callable[[str, int, int], StoredMatrix]) -> None:
+    def __init__(self, config: ModelConfig, store: Callable[[str, int, int], MnnMatrix]) -> None:
         self._config = config
         self._store = store
         self._net = Net()
@@ -145,15 +143,15 @@ class _Builder:
 
     def _norm(self, name: str, value: Node) -> Node:
         place = self._put(name, StoredNorm(self._config.hidden_size))
-        half = place.stored.total // 2
+        half = place.stored.total_bytes // 2
         return self._net.layer_norm(value, self._config.layernorm_epsilon, (place.offset, half, half))
 
     def _linear(self, name: str, value: Node, outputs: int, inputs: int, has_bias: bool = True) -> Node:
         stored = self._store(name, outputs, inputs)
         place = self._put(name, stored, has_bias)
-        return self._net.linear(value, outputs, inputs, stored.parameter, stored.external(place.offset))
+        return self._net.linear(value, stored, place.offset)
 
-    def _put(self, name: str, stored: StoredMatrix | StoredNorm, has_bias: bool = True) -> Place:
+    def _put(self, name: str, stored: MnnMatrix | StoredNorm, has_bias: bool = True) -> Place:
         place = Place(name, stored, self._end, has_bias)
         self._places.append(place)
         self._end = place.end

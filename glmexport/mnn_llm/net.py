@@ -11,11 +11,13 @@ from __future__ import annotations
 import hashlib
 import json
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
+
+from glmexport.mnn.matrix import MnnMatrix
 
 Node: TypeAlias = int
 """Index of a tensor of the graph."""
@@ -84,10 +86,12 @@ class Net:
         main = {"axis": [-1], "epsilon": epsilon, "group": 1, "external": list(external), "useRMSNorm": False}
         return self.add("LayerNorm", (value,), "LayerNorm", main)
 
-    def linear(
-        self, value: Node, outputs: int, inputs: int, quantization: Mapping[str, Any] | None, external: Sequence[int]
-    ) -> Node:
-        """[rows, inputs] -> [rows, outputs]: a convolution of one pixel, as MNN has products with weights."""
+    def linear(self, value: Node, matrix: MnnMatrix, offset: int) -> Node:
+        """[rows, inputs] -> [rows, outputs]: a convolution of one pixel, as MNN has products with weights.
+
+        matrix: how it is stored beside the graph. offset: where it begins there.
+        """
+        outputs, inputs = matrix.outputs, matrix.inputs
         common = {
             **dict.fromkeys(("padX", "padY"), 0),
             **dict.fromkeys(("kernelX", "kernelY", "strideX", "strideY", "dilateX", "dilateY", "group"), 1),
@@ -97,9 +101,9 @@ class Net:
             "relu": False,
             "relu6": False,
         }
-        main: Record = {"common": common, "external": list(external)}
-        if quantization is not None:
-            main["quanParameter"] = dict(quantization)
+        main: Record = {"common": common, "external": list(matrix.external(offset))}
+        if matrix.kind is not None:
+            main["quanParameter"] = quantization_record(matrix)
         pixels = self._convert(self.reshape(value, (-1, inputs, 1, 1)), "NCHW", "NC4HW4")
         return self.reshape(
             self._convert(self.add("Convolution", (pixels,), "Convolution2D", main), "NC4HW4", "NCHW"), (-1, outputs)
@@ -149,6 +153,20 @@ class Net:
 
     def _convert(self, value: Node, source: str, target: str) -> Node:
         return self.add("ConvertTensor", (value,), "TensorConvertInfo", {"source": source, "dest": target})
+
+
+def quantization_record(matrix: MnnMatrix) -> Record:
+    """What an operator says of a matrix that is not float32."""
+    if not matrix.is_integers:
+        return {"type": matrix.kind}
+    return {
+        "type": matrix.kind,
+        "quantScale": 1.0,
+        "aMaxOrBits": matrix.stored_bits,
+        "aMin": matrix.lowest,
+        "readType": matrix.scale_rows,
+        "shapeInt32": matrix.wide_header,
+    }
 
 
 def _dtype(name: str) -> str:

@@ -11,25 +11,27 @@ import numpy as np
 
 from glmexport import __version__, names
 from glmexport.affine import METHODS
-from glmexport.bundle_writer import BundleWriter, check_output
+from glmexport.bundle_writer import BundleWriter, check_output, sentences
 from glmexport.draft import Notice, ignore_notice
 from glmexport.draft_writer import Advance, check_disk, ignore_advance
 from glmexport.errors import ExportError, GlmExportError
+from glmexport.mnn.converter import mnn_of_json, mnn_version
+from glmexport.mnn.matrix import FLOAT16, FLOAT32, MnnMatrix
+from glmexport.mnn.rounding import block_that_holds
 from glmexport.mnn_llm.check import CheckResult, check_package
-from glmexport.mnn_llm.converter import mnn_of_json
-from glmexport.mnn_llm.engine import mnn_version
 from glmexport.mnn_llm.engine_config import EMBEDDING_FILES, GRAPH_FILE, TOKENIZER_FILE, WEIGHT_FILE, config_files
 from glmexport.mnn_llm.engine_graph import EngineGraph, engine_graph
 from glmexport.mnn_llm.following import Reference
 from glmexport.mnn_llm.position_probe import needs_correction
 from glmexport.mnn_llm.sentencepiece_facts import BPE, KINDS, UNIGRAM, SentencePieceFacts, read_facts
-from glmexport.mnn_llm.source import HEAD, PackageSource
-from glmexport.mnn_llm.stored_weights import BITS, BLOCKS, FLOAT16_BITS, StoredMatrix
+from glmexport.mnn_llm.source import PackageSource
 from glmexport.mnn_llm.tokenizer_file import tokenizer_file
 from glmexport.mnn_llm.weight_writer import WEIGHT, place_bytes, sixteen_bits
 from glmexport.tokenizer import Tokenizer
 from glmexport.tools import tool_versions
 
+BLOCKS = (32, 64, 128, "channel")
+BITS = (4, 8, FLOAT16, FLOAT32)
 SCHEMA = 1
 KIND = "mnn-llm"
 CHECKED_BYTES = 1 << 30
@@ -66,18 +68,24 @@ class PackageOptions:
                 choices = ", ".join(str(one) for one in known if one is not None)
                 raise GlmExportError(f"A package has no {name} {value!r}: choose one of {choices}.")
 
-    def stored(self, source: PackageSource, name: str, outputs: int, inputs: int) -> StoredMatrix:
-        """How a matrix is stored; one that is quantized already keeps its integers."""
+    def stored(self, source: PackageSource, name: str, outputs: int, inputs: int) -> MnnMatrix:
+        """How a matrix is stored; one that is quantized already keeps its integers.
+
+        What is no multiple of the block gets one scale a row, as MNN knows no partial blocks.
+        """
         affine = source.integers.get(name + WEIGHT)
         if affine is None:
             head = self.head_bits or (8 if self.bits == 4 else self.bits)
-            return StoredMatrix(outputs, inputs, head if name + WEIGHT == HEAD else self.bits, self.block)
-        if isinstance(affine.group_size, int) and inputs % affine.group_size:
+            bits = head if name + WEIGHT == source.head_name else self.bits
+            whole = self.block == "channel" or inputs % int(self.block)
+            return MnnMatrix(outputs, inputs, bits, (inputs if whole else int(self.block)) if bits < FLOAT16 else 0)
+        block = block_that_holds(affine, inputs)
+        if block is None:
             raise GlmExportError(
-                f"{name}{WEIGHT} has {inputs} inputs in groups of {affine.group_size}, the last of which is partial; "
-                "MNN knows no such groups: give the checkpoint."
+                f"{name}{WEIGHT} has {inputs} inputs in groups of {affine.block_size(inputs)}, which MNN's equal "
+                "blocks cannot hold; give the checkpoint."
             )
-        return StoredMatrix(outputs, inputs, affine.bits, affine.group_size)
+        return MnnMatrix(outputs, inputs, affine.bits, block)
 
 
 @dataclass(frozen=True)
@@ -126,10 +134,11 @@ def write_package(
     check_output(output, force=force)
     tokenizer, facts = source.tokenizer(), _facts(source, notice)
     advance("ask the engine how it counts positions", 0)
-    corrected = needs_correction()
+    with sentences(output):
+        corrected = needs_correction()
     graph = engine_graph(source.config, lambda *matrix: options.stored(source, *matrix), corrected=corrected)
     check_disk(output, package_bytes(source, graph) + _SMALL_FILES)
-    with BundleWriter(output, force=force) as writer:
+    with BundleWriter(output, force=force) as writer, sentences(output):
         advance(WEIGHT_FILE, 0)
         with writer.create(WEIGHT_FILE) as file:
             for place in graph.places:
@@ -176,7 +185,7 @@ def expected_bytes(source: PackageSource, options: PackageOptions) -> int:
 def engine_bytes(graph: EngineGraph) -> int:
     """About what the engine holds of a package: floats as float32."""
     return sum(
-        place.stored.total * (2 if isinstance(place.stored, StoredMatrix) and place.stored.bits == FLOAT16_BITS else 1)
+        place.stored.total_bytes * (2 if isinstance(place.stored, MnnMatrix) and place.stored.bits == FLOAT16 else 1)
         for place in graph.places
     )
 
@@ -215,7 +224,7 @@ def _write_embedding(writer: BundleWriter, source: PackageSource, advance: Advan
 
 
 def _bits(graph: EngineGraph) -> set[int]:
-    return {place.stored.bits for place in graph.places if isinstance(place.stored, StoredMatrix)}
+    return {place.stored.bits for place in graph.places if isinstance(place.stored, MnnMatrix)}
 
 
 def _form(graph: EngineGraph, exact_embedding: bool) -> str:

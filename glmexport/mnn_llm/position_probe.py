@@ -19,15 +19,14 @@ import torch
 from glmexport.affine import Floats, Quantized
 from glmexport.config import ModelConfig, SpecialIds
 from glmexport.errors import ExportError
-from glmexport.mnn_llm.converter import mnn_of_json
-from glmexport.mnn_llm.engine import ask, mnn_version
+from glmexport.mnn.converter import mnn_of_json, mnn_version
+from glmexport.mnn.matrix import FLOAT32, MnnMatrix
+from glmexport.mnn_llm.engine import ask
 from glmexport.mnn_llm.engine_config import EMBEDDING_FILES, GRAPH_FILE, WEIGHT_FILE, config_files
 from glmexport.mnn_llm.engine_graph import ARCHITECTURE, engine_graph
 from glmexport.mnn_llm.following import ModelReference, follow
-from glmexport.mnn_llm.source import EMBEDDING
-from glmexport.mnn_llm.stored_weights import FLOAT32_BITS, StoredMatrix
 from glmexport.mnn_llm.weight_writer import place_bytes
-from glmexport.patch import all_patches
+from glmexport.patch import patch_named
 
 _ROWS = 96
 _STEPS = 6
@@ -93,33 +92,35 @@ def _tokens_that_differ(corrected: bool) -> int:
 def write_probe(directory: Path, weights: _Weights, corrected: bool) -> None:
     """The tiny model as a package."""
     graph = engine_graph(
-        _CONFIG, lambda name, outputs, inputs: StoredMatrix(outputs, inputs, FLOAT32_BITS), corrected=corrected
+        _CONFIG, lambda name, outputs, inputs: MnnMatrix(outputs, inputs, FLOAT32), corrected=corrected
     )
     with (directory / WEIGHT_FILE).open("wb") as file:
         for place in graph.places:
             for part in place_bytes(place, weights, "rtn"):
                 file.write(part.tobytes())
     (directory / GRAPH_FILE).write_bytes(mnn_of_json(graph.net.as_json(b"probe")))
-    weights.tensors[EMBEDDING].astype(np.float16).tofile(directory / EMBEDDING_FILES["float16"])
+    weights.tensors[patch_named(ARCHITECTURE).embedding_name].astype(np.float16).tofile(
+        directory / EMBEDDING_FILES["float16"]
+    )
     rows = "".join(f"{base64.b64encode(b'piece%d' % row).decode()} 0 1\n" for row in range(_ROWS))
     (directory / "tokenizer.txt").write_text(f"430 0\n0 0 0\n\n{_ROWS}\n{rows}")
-    for name, content in config_files(_CONFIG, "float16", (FLOAT32_BITS,), "tokenizer.txt").items():
+    for name, content in config_files(_CONFIG, "float16", (FLOAT32,), "tokenizer.txt").items():
         (directory / name).write_bytes(content)
 
 
 def _model() -> tuple[ModelReference, _Weights]:
     """The reference with seeded weights, strong enough that a position off by one changes tokens."""
-    patch = next(patch for patch in all_patches() if patch.name == ARCHITECTURE)
+    patch = patch_named(ARCHITECTURE)
     with torch.device("meta"):
         model = patch.build_reference(_CONFIG)
     generator = torch.Generator().manual_seed(0)
     state = {}
     for name, tensor in model.state_dict().items():
-        spread = 1.0 if name == EMBEDDING else 0.1 if tensor.dim() == 1 else 3.0 / tensor.shape[-1] ** 0.5
+        spread = 1.0 if name == patch.embedding_name else 0.1 if tensor.dim() == 1 else 3.0 / tensor.shape[-1] ** 0.5
         state[name] = torch.randn(tensor.shape, generator=generator) * spread
         if "norm.weight" in name:
             state[name] += 1.0
-        if name == EMBEDDING:
+        if name == patch.embedding_name:
             state[name] = state[name].half().float()  # as the package stores it
     model.load_state_dict(state, assign=True)
     weights = _Weights({name: tensor.numpy() for name, tensor in state.items()})

@@ -16,13 +16,13 @@ from glmexport.config import ModelConfig
 from glmexport.draft import BundleDraft
 from glmexport.errors import BundleError
 from glmexport.form import GRAPH, RAW, Form
+from glmexport.patch import patch_named
 from glmexport.quantized_rows import CODES, SCALES, ZERO_POINTS, part_name
 from glmexport.raw_rows import decode_rows
 from glmexport.recipe import affine_of_record
 from glmexport.tensors import FileTensor, Matrix, Tensor
 from glmexport.tokenizer import Tokenizer
 
-EMBEDDING, HEAD = "transformer.word_embeddings.weight", "lm_head.weight"
 _BAND_ROWS = 1024
 
 
@@ -30,6 +30,7 @@ _BAND_ROWS = 1024
 class PackageSource:
     """tensors: by name, float32 or float16. integers: name -> how a matrix is quantized already.
 
+    embedding_name, head_name: of the two [vocab, hidden].
     embedding_dtype: `bfloat16` or `float16`, whichever holds the rows of the embedding as they are, if one does.
     tokenizer_model: a SentencePiece model, None without. table: a raw embedding [vocab, hidden], None where the rows
     are those of a graph.
@@ -39,6 +40,8 @@ class PackageSource:
     form: Form
     tensors: Mapping[str, Tensor]
     integers: Mapping[str, Affine]
+    embedding_name: str
+    head_name: str
     embedding_dtype: str
     tokenizer_model: bytes | None
     table: Tensor | None
@@ -57,51 +60,44 @@ class PackageSource:
         return np.concatenate(list(self._tensor(name).slices())).astype(np.float32)
 
     def bands(self, name: str) -> Iterator[Floats]:
-        """Float32 bands of rows of a matrix [out, in]; of one that is quantized, what its integers stand for."""
-        if name in self.integers:
-            affine, width = self.integers[name], self._width(name)
-            for part in self.quantized_bands(name):
-                yield dequantize(part.codes, part.scales, part.zero_points, affine.bits, width)
-            return
+        """Float32 bands of rows of a matrix [out, in] that is not quantized. Raises BundleError where there is none."""
         matrix: Matrix = self._tensor(name)  # type: ignore[assignment]  # tensors of two axes are matrices
         for band in matrix.bands():
             yield band.astype(np.float32, copy=False)
 
     def quantized_bands(self, name: str) -> Iterator[Quantized]:
-        """Bands of rows of a matrix that is quantized already, with zero points."""
+        """Bands of rows of a matrix that is quantized already."""
         affine = self.integers[name]
         codes, scales = (_rows(self._tensor(part_name(name, part))) for part in (CODES, SCALES))
         points = None if affine.symmetric else _rows(self._tensor(part_name(name, ZERO_POINTS)))
         for start in range(0, len(codes), _BAND_ROWS):
             part = slice(start, start + _BAND_ROWS)
             scale = np.ascontiguousarray(scales[part])
-            if points is None:  # all in the middle: 8 twice in a byte, or 128
-                packed = np.full((len(scale), -(-scale.shape[1] * affine.bits // 8)), 0x88 if affine.bits == 4 else 128)
-                zeros = packed.astype(np.uint8)
-            else:
-                zeros = np.ascontiguousarray(points[part])
+            zeros = None if points is None else np.ascontiguousarray(points[part])
             yield Quantized(np.ascontiguousarray(codes[part]), scale, zeros, np.zeros((len(scale), 4)))
 
     def embedding_bands(self) -> Iterator[Floats]:
         """Float32 rows of the embedding, in bands."""
-        if self.table is None:
-            yield from self.bands(EMBEDDING if self.form.embedding.kind == GRAPH else HEAD)
+        if self.table is not None:
+            for band in self.table.slices():
+                yield decode_rows(band, self.form.embedding.dtype)
             return
-        for band in self.table.slices():
-            yield decode_rows(band, self.form.embedding.dtype)
+        name = self.embedding_name if self.form.embedding.kind == GRAPH else self.head_name
+        if name not in self.integers:
+            yield from self.bands(name)
+            return
+        bits, width = self.integers[name].bits, self.config.hidden_size
+        for part in self.quantized_bands(name):
+            yield dequantize(part.codes, part.scales, part.zero_points, bits, width)
 
     def _tensor(self, name: str) -> Tensor:
         if name not in self.tensors:
             raise BundleError(f"There is no tensor {name}, which MNN's engine needs; split the checkpoint again.")
         return self.tensors[name]
 
-    def _width(self, name: str) -> int:
-        config = self.config
-        return config.inner_size if name.endswith("mlp.dense_4h_to_h.weight") else config.hidden_size
-
 
 def source_of_draft(draft: BundleDraft) -> PackageSource:
-    """Raises BundleError for a bundle whose integers the engine cannot have as they are."""
+    """The tensors of a draft. Raises BundleError for a bundle whose integers the engine cannot have as they are."""
     quantization = draft.form.quantization
     if quantization is not None and quantization.format != "matmulnbits":
         raise BundleError(
@@ -112,7 +108,18 @@ def source_of_draft(draft: BundleDraft) -> PackageSource:
     integers = {name: affine_of_record(record()) for graph in draft.graphs for name, record in graph.matrices.items()}
     model = draft.read_file(names.TOKENIZER_MODEL) if names.TOKENIZER_MODEL in draft.files else None
     table = draft.table() if draft.form.embedding.kind == RAW else None
-    return PackageSource(draft.config, draft.form, tensors, integers, _embedding_dtype(draft), model, table)
+    patch = patch_named(draft.facts["architecture"])
+    return PackageSource(
+        draft.config,
+        draft.form,
+        tensors,
+        integers,
+        patch.embedding_name,
+        patch.head_name,
+        _embedding_dtype(draft),
+        model,
+        table,
+    )
 
 
 def _embedding_dtype(draft: BundleDraft) -> str:

@@ -9,11 +9,11 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from glmexport.affine import Affine, Bytes, Floats, Quantized
+from glmexport.affine import GROUP_SIZES, Affine, Bytes, Floats, Quantized, unpack
 from glmexport.ahead import read_ahead
 from glmexport.errors import GlmExportError, RecipeError
+from glmexport.mnn.matrix import FLOAT16, Integers, MnnMatrix, integer_parts
 from glmexport.mnn_llm.engine_graph import Place, StoredNorm
-from glmexport.mnn_llm.stored_weights import FLOAT16_BITS, StoredMatrix, quantized_parts
 from glmexport.quantize_kernels import quantize
 from glmexport.raw_rows import decode_rows, encode_rows
 
@@ -43,13 +43,27 @@ def place_bytes(place: Place, source: Source, method: str) -> Iterator[Bytes]:
         yield as_bytes(source.vector(name), "<f4")
         yield as_bytes(bias, "<f4")
         return
-    if place.stored.quantized:
-        yield from quantized_parts(place.stored, _quantized(name, place.stored, source, method), bias)
+    if place.stored.is_integers:
+        bands = _quantized(name, place.stored, source, method)
+        yield from integer_parts(place.stored, (as_mnn_has_them(band, place.stored) for band in bands), bias)
         return
-    with closing(read_ahead(source.bands(name))) as bands:
-        for band in bands:
-            yield _half(name, band) if place.stored.bits == FLOAT16_BITS else as_bytes(band, "<f4")
+    with closing(read_ahead(source.bands(name))) as floats:
+        for part in floats:
+            yield _half(name, part) if place.stored.bits == FLOAT16 else as_bytes(part, "<f4")
     yield as_bytes(bias, "<f4")
+
+
+def as_mnn_has_them(rows: Quantized, matrix: MnnMatrix) -> Integers:
+    """Rows in the layout of MatMulNBits as MNN stores them: a block has the scale and zero point of its group."""
+    group, bits = rows.codes.shape[2] * 8 // matrix.bits, matrix.bits
+    codes = unpack(rows.codes.reshape(len(rows.codes), -1), bits, matrix.inputs)
+    of_block = np.arange(matrix.blocks) * matrix.block // group
+    scales = rows.scales[:, of_block]
+    if rows.zero_points is None:
+        points = np.full_like(scales, 1 << (bits - 1))
+    else:
+        points = unpack(rows.zero_points, bits, rows.codes.shape[1])[:, of_block].astype(np.float32)
+    return Integers(codes, np.stack((scales * -points, scales), axis=-1))
 
 
 def sixteen_bits(band: Floats, dtype: str) -> tuple[Bytes, bool]:
@@ -72,11 +86,12 @@ def _half(name: str, band: Floats) -> Bytes:
     return part
 
 
-def _quantized(name: str, stored: StoredMatrix, source: Source, method: str) -> Iterator[Quantized]:
+def _quantized(name: str, matrix: MnnMatrix, source: Source, method: str) -> Iterator[Quantized]:
     if name in source.integers:
         yield from source.quantized_bands(name)
         return
-    affine = Affine(stored.affine.bits, stored.affine.group_size, symmetric=False, method=method)
+    group_size = matrix.block if matrix.block in GROUP_SIZES else "channel"
+    affine = Affine(matrix.bits, group_size, symmetric=False, method=method)
     with closing(read_ahead(source.bands(name))) as bands:
         for band in bands:
             try:

@@ -1,4 +1,4 @@
-"""What a bundle for MNN stores against the checkpoint: its manifest, its small files, and every matrix.
+"""What a bundle for MNN stores against the checkpoint: its manifest, its small files, every vector and every matrix.
 
 Floats must be the checkpoint's (float16: rounded once). Integers that a quantized bundle had are held, group by group,
 to plain rounding, as they are there. Integers that were rounded on the way must be the nearest step of their block.
@@ -19,10 +19,12 @@ from glmexport import names
 from glmexport.affine import Affine, Floats
 from glmexport.bundle import Bundle
 from glmexport.checkpoint import Checkpoint
-from glmexport.convert.mnn_matrix import FLOAT16, FLOAT32, FileBytes, MnnMatrix, StoredMatrix, is_nearest
 from glmexport.draft import BundleDraft
-from glmexport.errors import BundleError, ExportError
+from glmexport.errors import BundleError, ExportError, GlmExportError
 from glmexport.form import SHARED
+from glmexport.mnn.matrix import FLOAT16, FLOAT32, FileBytes, MnnMatrix, StoredMatrix
+from glmexport.mnn.rounding import is_nearest
+from glmexport.mnn.vectors import complaint_of_vectors
 from glmexport.recipe import affine_of_record
 from glmexport.tensors import rows_per_slice
 from glmexport.verify.matrices import check_matrix
@@ -52,6 +54,25 @@ def check_mnn_structure(bundle: Bundle, expected: BundleDraft, advance: Callable
     ]
     yield Row("all", "manifest", not complaints, detail=" ".join(complaints) or "says what the checkpoint gives")
     yield tokenizer_row(bundle, expected)
+    for entry in bundle.graphs:
+        yield _vectors_row(bundle, expected, entry)
+
+
+def _vectors_row(bundle: Bundle, expected: BundleDraft, entry: Mapping[str, Any]) -> Row:
+    """Norms and tables of a graph, which are the checkpoint's and the patch's bit for bit."""
+    graph = entry["name"]
+    draft = expected.graph(graph)
+    biases = {f"{name.removesuffix('.weight')}.bias" for name in entry["matrices"]}
+    tensors = () if draft is None else draft.tensors
+    small = {tensor.name: tensor for tensor in tensors if len(tensor.shape) != 2 and tensor.name not in biases}
+    known = {name: np.concatenate([*tensor.slices()]).astype(np.float32) for name, tensor in small.items()}
+    needed = {name: value for name, value in known.items() if value.ndim == 1 and value.size > 1}
+    try:
+        model, beside = bundle.read_small(entry["file"]), bundle.whole_path(entry["data"])
+        complaint = complaint_of_vectors(model, beside, needed, known)
+    except (GlmExportError, OSError) as error:
+        complaint = f"{entry['file']}: {error}"
+    return Row(graph, "constants", not complaint, detail=complaint or f"{len(needed)} vectors equal bit for bit")
 
 
 @dataclass(frozen=True)

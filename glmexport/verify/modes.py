@@ -1,4 +1,4 @@
-"""The ways to run a bundle that it is verified in: one for onnxruntime, for MNN one for each mode of memory."""
+"""The ways to run a bundle to verify it: one for onnxruntime, for MNN normal mode, and low mode where made for it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from glmexport import names
 from glmexport.bundle import Bundle
-from glmexport.mnn_module import NORMAL
+from glmexport.mnn.module import LOW, NORMAL
 from glmexport.session import Session
 from glmexport.verify.forms import FLOAT_BITS
 from glmexport.verify.runs import Run
@@ -58,7 +58,8 @@ def modes_of(bundle: Bundle) -> Iterator[Mode]:
         yield Mode(Session(bundle, memory_limit=MEMORY_LIMIT, read_ahead=0), "", TOLERANCES, CHAIN_BUDGETS)
         return
     integers = any(record["bits"] < FLOAT_BITS for entry in bundle.graphs for record in entry["matrices"].values())
-    for memory in MNN_TOLERANCES if integers else (NORMAL,):  # low mode is normal mode where there are no integers
+    low = integers and bundle.manifest["mnn"]["memory"] == LOW  # without integers, low mode is normal mode
+    for memory in (NORMAL, LOW) if low else (NORMAL,):
         session = Session(bundle, memory_limit=MEMORY_LIMIT, read_ahead=0, mnn_memory=memory)
         tolerances, budgets = MNN_TOLERANCES[memory], MNN_CHAIN_BUDGETS[memory]
         yield Mode(session, f", {memory}", tolerances, budgets, exact=memory == NORMAL)

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from glmexport.convert import mnn_tool
-from glmexport.convert.mnn_tool import run_converter
 from glmexport.errors import ExportError, GlmExportError
+from glmexport.mnn import converter
+from glmexport.mnn.converter import OF_JSON, mnn_of_json, run_converter
 
 WRITES = "from pathlib import Path; import sys; target = Path(sys.argv[1]); target.write_bytes(b'model');"
 SAYS = "print('Converted Success!');"
@@ -76,13 +76,17 @@ def test_one_that_hangs_is_stopped(convert, tmp_path):
 
 
 def test_a_path_may_hold_any_word(tmp_path):
-    target = tmp_path / "failed [ERROR]" / "x.mnn"
+    target = tmp_path / "failed [ERROR] {x}" / "x.mnn"
     target.parent.mkdir()
     run_converter(
-        ["{x}", str(tmp_path / "Not Support")],
+        ["{x}", str(tmp_path / "Not Support {x}")],
         {"x": target},
         tmp_path / "log",
-        command=(sys.executable, "-c", WRITES + "print('MNNModel', *sys.argv[1:]);" + SAYS),
+        command=(
+            sys.executable,
+            "-c",
+            WRITES + "print('MNNModel', *sys.argv[1:]); assert sys.argv[2].endswith('{x}');" + SAYS,
+        ),
     )
     assert target.read_bytes() == b"model"
 
@@ -94,9 +98,16 @@ def test_each_call_has_a_working_directory_of_its_own(convert, tmp_path, monkeyp
 
 
 def test_without_mnn_it_says_how_to_get_it(monkeypatch):
-    monkeypatch.setattr(mnn_tool.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(GlmExportError, match=r"pip install glmexport\[mnn\]"):
-        mnn_tool.mnn_version()
+    monkeypatch.setattr(converter.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(GlmExportError, match=r"pip install 'glmexport\[mnn\]'"):
+        converter.mnn_version()
+
+
+def test_every_part_of_the_extra_is_needed(monkeypatch):
+    monkeypatch.setattr(converter, "MODULES", ("MNN", "flatbuffers", "one_that_there_is_not"))
+    pytest.importorskip("MNN")
+    with pytest.raises(GlmExportError, match=r"not installed whole \(one_that_there_is_not cannot be found\)"):
+        converter.mnn_version()
 
 
 def test_the_real_one_says_success_to_a_missing_file(tmp_path):
@@ -106,3 +117,34 @@ def test_the_real_one_says_success_to_a_missing_file(tmp_path):
     with pytest.raises(ExportError, match=r"m\.mnn"):
         run_converter(options, {"m": tmp_path / "m.mnn"}, tmp_path / "log")
     assert not (tmp_path / "m.mnn").exists()
+
+
+def test_each_direction_has_its_own_success(tmp_path):
+    """A graph from JSON is not believed for what the converter says of models."""
+    target = tmp_path / "x.mnn"
+    with pytest.raises(ExportError, match="did not say that it succeeded"):
+        run_converter(["{x}"], {"x": target}, success=OF_JSON, command=(sys.executable, "-c", WRITES + SAYS))
+    run_converter(
+        ["{x}"],
+        {"x": target},
+        success=OF_JSON,
+        command=(sys.executable, "-c", WRITES + f"print('JsonFile', sys.argv[1], '{OF_JSON}', sys.argv[1])"),
+    )
+    assert target.read_bytes() == b"model"
+
+
+@pytest.mark.parametrize("document", [b"no JSON at all", b'{"oplists": [], "oplist": []}'])
+def test_json_that_mnn_does_not_know_is_refused(document):
+    """A key that it does not know is dropped by the real one, which then says that it succeeded."""
+    pytest.importorskip("MNN")
+    with pytest.raises(ExportError, match=r"graph\.mnn: it printed .*[Ii]nvalid"):
+        mnn_of_json(document)
+
+
+def test_a_log_that_cannot_be_written_is_one_sentence(tmp_path):
+    (tmp_path / "taken").touch()
+    with pytest.raises(ExportError, match=r"could not be run for x\.mnn: .*taken.*\.$"):
+        run_converter(["{x}"], {"x": tmp_path / "x.mnn"}, tmp_path / "taken" / "log")
+    with pytest.raises(ExportError, match=r"No such file or directory .*none"):
+        run_converter(["{x}"], {"x": tmp_path / "none" / "x.mnn"}, tmp_path / "log")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["taken"]

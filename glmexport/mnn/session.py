@@ -11,7 +11,7 @@ from glmexport import names
 from glmexport.bundle import Bundle
 from glmexport.errors import BundleError
 from glmexport.interface import graph_spec
-from glmexport.mnn_module import BACKENDS, CPU, MEMORY, MnnModule, has_backend
+from glmexport.mnn.module import BACKENDS, CPU, MEMORY, MnnModule, has_backend
 
 Array = npt.NDArray[Any]
 
@@ -26,7 +26,7 @@ class MnnGraph:
     """One opened graph; as onnxruntime's sessions, it takes and gives what `interface.graph_spec` says."""
 
     def __init__(self, bundle: Bundle, graph: str, *, memory: str | None, threads: int | None, backend: str) -> None:
-        """memory: `mnn_module.NORMAL` or `LOW`, None for what the bundle was made for. Raises BundleError."""
+        """memory: `module.NORMAL` or `LOW`, None for what the bundle was made for. Raises BundleError."""
         spec = graph_spec(graph, bundle.config, bundle.argmax)
         self._dtypes = {tensor.name: tensor.dtype for tensor in (*spec.inputs, *spec.outputs)}
         inputs, outputs = ([tensor.name for tensor in tensors] for tensors in (spec.inputs, spec.outputs))

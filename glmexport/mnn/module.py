@@ -69,7 +69,7 @@ def mnn() -> ModuleType:
             import MNN  # type: ignore[import-untyped]
     except ImportError as error:
         raise GlmExportError(
-            f"MNN is not installed, which this bundle needs ({error}); install it with `pip install glmexport[mnn]`."
+            f"MNN is not installed, which this bundle needs ({error}); install it with `pip install 'glmexport[mnn]'`."
         ) from error
     module: ModuleType = MNN
     return module

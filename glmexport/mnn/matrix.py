@@ -1,32 +1,34 @@
 """A matrix as MNN stores it beside a model: float32, float16, or integers with scales, and back.
 
-Integers lie row by row of the output, unsigned, two 4-bit ones a byte with the first in the high nibble, after a header
-(sizes, then the value of each code). Each block of inputs of an output has a scale and, where asymmetric, its lowest
-value before it: `x = scale * code + lowest`. A symmetric matrix has scales alone: `x = scale * (code - middle)`.
+A matrix of integers [outputs, inputs] is, all little-endian and one after the other:
+
+- one byte 2 (axes); outputs * blocks and the inputs of a block, 16 bits each, or 32 where one of them needs them;
+- the codes' values from the smallest on: their number in one byte (0 for 256), then one signed byte each;
+- the codes, row by row without gaps; of two 4-bit ones in a byte the first is the high nibble;
+- for each row and block of inputs, float32: the lowest value and the scale, so that `x = scale * code + lowest`; where
+  symmetric, scales alone: `x = scale * (code - middle)`;
+- the bias, float32 [outputs].
+
+Found by converting single layers with `--weightQuantBits` and reading MNN's loader (`ConvolutionCommon::load`, which
+takes the two sizes for their product alone); a test holds what MNN's converter writes against it.
 """
 
 from __future__ import annotations
 
-import math
 import struct
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
 from glmexport.affine import Bytes, Floats
 from glmexport.errors import ExportError
 
 FLOAT32, FLOAT16 = 32, 16
-BLOCK_STEP = 16
-"""MNN's blocks are multiples of this many inputs."""
-
 KIND_INTEGERS, KIND_HALF = 1, 3
 _SHORT = 0xFFFF
-_HALF_STEP = 0.501
-_ROUNDED_ONCE = 1e-6
 
 
 class Integers(NamedTuple):
@@ -129,19 +131,48 @@ class MnnMatrix:
         return offset, self.weight_bytes, self.scale_bytes, self.bias_bytes, 0
 
 
-def pack_codes(codes: Bytes, bits: int) -> Bytes:
-    """Bytes of codes uint8 [rows, inputs], one after the other; an odd last one of 4 bits has a zero beside it."""
-    flat = codes.reshape(-1)
-    if bits == 8:
-        return flat
-    if flat.size % 2:
-        flat = np.append(flat, np.uint8(0))
-    packed: Bytes = (flat[0::2] << np.uint8(4)) | flat[1::2]
-    return packed
+class CodePacker:
+    """Puts codes uint8 into bytes as they come, whole rows or not; half a byte is carried over."""
+
+    def __init__(self, bits: int) -> None:
+        self._bits = bits
+        self._rest = np.empty(0, np.uint8)
+
+    def push(self, codes: Bytes) -> Bytes:
+        """The bytes that are whole now, uint8 [bytes]."""
+        flat = np.ascontiguousarray(codes).reshape(-1)
+        if self._bits == 8:
+            return flat
+        if len(self._rest):
+            flat = np.concatenate((self._rest, flat))
+        even = len(flat) & ~1
+        self._rest = flat[even:].copy()
+        packed: Bytes = np.left_shift(flat[:even:2], np.uint8(4))
+        packed |= flat[1:even:2]
+        return packed
+
+    def finish(self) -> Bytes:
+        """The last byte, where half of one is left; its low nibble is 0."""
+        return np.left_shift(self._rest, np.uint8(4))
+
+
+def integer_parts(matrix: MnnMatrix, bands: Iterator[Integers], bias: Floats) -> Iterator[Bytes]:
+    """The bytes of a quantized matrix, of which only the scales are kept while its bands of rows go by.
+
+    bias: float32 [outputs].
+    """
+    yield np.frombuffer(matrix.header, np.uint8)
+    packer, scales = CodePacker(matrix.bits), []
+    for band in bands:
+        scales.append(band.scales)
+        yield packer.push(band.codes)
+    yield packer.finish()
+    for part in (*scales, bias):
+        yield np.ascontiguousarray(part, "<f4").reshape(-1).view(np.uint8)
 
 
 def unpack_codes(packed: Bytes, bits: int, odd: bool, count: int) -> Bytes:
-    """Codes uint8 [count] of bytes; the inverse of `pack_codes`. odd: the first half byte is none of them."""
+    """Codes uint8 [count] of bytes; the inverse of a `CodePacker`. odd: the first half byte is none of them."""
     if bits == 8:
         return packed[:count]
     codes = np.empty(packed.size * 2, np.uint8)
@@ -160,49 +191,6 @@ def dequantized(rows: Integers, matrix: MnnMatrix) -> Floats:
         codes *= rows.scales[..., 1:]
         codes += rows.scales[..., :1]
     return codes.reshape(-1, matrix.inputs)
-
-
-def quantized(rows: npt.NDArray[np.float32], matrix: MnnMatrix) -> Integers:
-    """Round float32 rows [rows, inputs] to the nearest of equal steps from each block's lowest to its highest weight.
-
-    As MNN's converter does it. Raises ExportError for weights that are no finite numbers.
-    """
-    blocks = np.ascontiguousarray(rows).reshape(len(rows), matrix.blocks, matrix.block)
-    low, high = blocks.min(-1, keepdims=True), blocks.max(-1, keepdims=True)
-    if not (np.isfinite(low).all() and np.isfinite(high).all()):
-        raise ExportError("A weight is no finite number, which cannot be quantized; look at the checkpoint.")
-    steps = np.float32((1 << matrix.bits) - 1)
-    scale = (high - low) / steps
-    with np.errstate(divide="ignore", invalid="ignore"):
-        codes = np.rint((blocks - low) / scale)
-    codes[~np.isfinite(codes)] = 0  # a block of one value is its lowest
-    np.clip(codes, 0, steps, out=codes)
-    return Integers(codes.astype(np.uint8).reshape(rows.shape), np.concatenate([low, scale], -1))
-
-
-def is_nearest(found: Floats, rows: Floats, matrix: MnnMatrix, *, rounded: bool) -> bool:
-    """Whether stored rows are as close to the float32 rows as their form lets them be: half a step.
-
-    rounded: whether integers are of these rows; otherwise the rows are of the integers, and only the arithmetic may
-    have rounded them.
-    """
-    if matrix.bits == FLOAT32:
-        return np.array_equal(found.view(np.uint32), np.ascontiguousarray(rows).view(np.uint32))
-    if matrix.bits == FLOAT16:
-        return bool((np.abs(found - rows) <= np.abs(rows) * 2.0**-11 + 2.0**-25).all())
-    shape = (len(rows), matrix.blocks, matrix.block)
-    blocks, error = rows.reshape(shape), np.abs(found - rows).reshape(shape)
-    largest = np.abs(blocks).max(-1, keepdims=True)
-    spread = blocks.max(-1, keepdims=True) - blocks.min(-1, keepdims=True)
-    step = spread / ((1 << matrix.bits) - 1) * _HALF_STEP if rounded else 0.0
-    return bool((error <= step + _ROUNDED_ONCE * (largest + spread)).all())
-
-
-def block_for(inputs: set[int], at_most: int) -> int | None:
-    """The largest multiple of 16 up to `at_most` that divides every one of `inputs`; None: one scale per channel."""
-    common = math.gcd(*inputs)
-    fitting = (size for size in range(at_most // BLOCK_STEP * BLOCK_STEP, 0, -BLOCK_STEP) if common % size == 0)
-    return next(fitting, None)
 
 
 class FileBytes:

@@ -15,8 +15,8 @@ import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from glmexport.convert.mnn_matrix import MnnMatrix
 from glmexport.errors import ExportError
+from glmexport.mnn.matrix import MnnMatrix
 
 NET_OPERATORS, NET_UUID = 3, 11
 OP_MAIN_TYPE, OP_MAIN, OP_NAME, OP_TYPE = 1, 2, 3, 5
@@ -68,7 +68,7 @@ class Table:
         if place is None:
             return 0, ()
         count = self._read("<I", place)
-        if count * struct.calcsize(element) > len(self.data) - place:
+        if count * struct.calcsize(element) > len(self.data) - place - 4:
             raise ExportError("A list in the converter's file ends beyond the file; convert again.")
         return place + 4, struct.unpack_from(f"<{count}{element}", self.data, place + 4)
 
@@ -122,7 +122,7 @@ def read_mnn(data: bytes, weight_bytes: int) -> MnnFile:
     Raises ExportError where it is cut off or holds weights in places that are not known of.
     """
     convolutions, kept, constants = [], [], []
-    for number, operator in enumerate(_operators(data)):
+    for number, operator in enumerate(operators(data)):
         kind = operator.integer(OP_TYPE)
         if kind == TYPE_CONVOLUTION:
             convolutions.append(_convolution(number, operator.table(OP_MAIN)))
@@ -143,7 +143,8 @@ def read_mnn(data: bytes, weight_bytes: int) -> MnnFile:
     return MnnFile(data, tuple(convolutions), tuple(kept), tuple(constants))
 
 
-def _operators(data: bytes) -> list[Table]:
+def operators(data: bytes) -> list[Table]:
+    """Every operator of a model, in its order. Raises ExportError where it is cut off."""
     if len(data) < ALIGNMENT:
         raise ExportError(f"The converter's file has {len(data)} bytes, which is no model; convert again.")
     net = Table(data, struct.unpack_from("<I", data)[0])
