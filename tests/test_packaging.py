@@ -54,7 +54,7 @@ def test_patches_lie_where_the_project_says():
 
 def test_what_the_code_imports_is_declared(project):
     optional = project["project"]["optional-dependencies"]
-    extras = [*optional["plot"], *optional["mnn"]]
+    extras = [*optional["plot"], *optional["mnn"], *optional["serve"]]
     declared = {
         re.match(r"[\w-]+", line).group().replace("-", "_") for line in [*project["project"]["dependencies"], *extras]
     }
