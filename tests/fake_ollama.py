@@ -20,7 +20,9 @@ POLICY = (
     "manifest-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
 MODELS = ("chatglm-6b:latest", "tiny-chatglm:latest")
-PARAMETERS = 'temperature                    0.95\ntop_p                          0.7\nstop                           "<eop>"'
+PARAMETERS = (
+    'temperature                    0.95\ntop_p                          0.7\nstop                           "<eop>"'
+)
 CONTEXT = 2048
 
 
@@ -70,11 +72,12 @@ def handler_of(fake: Fake) -> type[BaseHTTPRequestHandler]:
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
+        disable_nagle_algorithm = True  # a browser waits 40 ms for each answer otherwise
 
         def log_message(self, *_: object) -> None:
             """Nothing: tests say what they expect."""
 
-        def do_GET(self) -> None:  # noqa: N802
+        def do_GET(self) -> None:
             if self.path == "/api/tags":
                 self.if_allowed(lambda: self.json({"models": [{"name": name} for name in fake.models]}))
             elif self.path == "/api/ps":
@@ -82,7 +85,7 @@ def handler_of(fake: Fake) -> type[BaseHTTPRequestHandler]:
             else:
                 self.file(self.path.split("?")[0].lstrip("/") or "index.html")
 
-        def do_POST(self) -> None:  # noqa: N802
+        def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             if self.path == "/api/show":
                 self.if_allowed(lambda: self.json(shown()))

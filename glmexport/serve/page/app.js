@@ -1,6 +1,6 @@
 /** Puts the page together: what there is, and who hears of what. */
 
-import { Api } from "./api/client.js";
+import { Api } from "./client/api.js";
 import { ChatController } from "./chat/controller.js";
 import { Models } from "./chat/models.js";
 import { Settings } from "./chat/settings.js";

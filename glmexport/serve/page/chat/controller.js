@@ -12,7 +12,7 @@ const SAVE_EVERY = 1000;
  * The open conversation and the answers on their way; an answer goes on while another conversation is looked at.
  *
  * Emits `opened` (the open conversation is another one or was changed as a whole), `messages` (its list of messages
- * changed), `started`, `text` and `ended` (generation).
+ * changed), `configured` (its model, system prompt or sampling did), `started`, `text` and `ended` (generation).
  */
 export class ChatController extends Emitter {
   #api;
@@ -25,7 +25,7 @@ export class ChatController extends Emitter {
   current;
 
   /**
-   * @param {import("../api/client.js").Api} api
+   * @param {import("../client/api.js").Api} api
    * @param {import("./store.js").ConversationStore} store
    * @param {import("./settings.js").Settings} settings
    * @param {import("./models.js").Models} models
@@ -46,7 +46,10 @@ export class ChatController extends Emitter {
       if (id === this.current.id && !this.generationOf(this.current)) this.startNew();
     });
     window.addEventListener("pagehide", () => {
-      for (const generation of this.#running.values()) this.#store.save(generation.conversation, { touch: false });
+      for (const generation of this.#running.values()) {
+        generation.leave();
+        this.#store.save(generation.conversation, { touch: false });
+      }
     });
   }
 
@@ -108,12 +111,14 @@ export class ChatController extends Emitter {
     Object.assign(this.current, structuredClone(changes));
     if (this.#store.get(this.current.id)) this.#store.save(this.current, { touch: false });
     this.#settings.update(changes);
+    this.emit("configured");
   }
 
   /** A conversation that has begun keeps its model, even one that the server has no more. */
   #chooseModel() {
     const { names, loaded } = this.#models;
-    if (this.current.messages.length > 0 || names.length === 0 || names.includes(this.current.model)) return;
+    const { messages, model } = this.current;
+    if ((messages.length > 0 && model !== "") || names.length === 0 || names.includes(model)) return;
     this.current.model = names.find((name) => loaded.has(name)) ?? names[0];
   }
 

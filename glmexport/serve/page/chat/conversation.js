@@ -3,7 +3,7 @@ import { newId } from "../lib/id.js";
 /**
  * @typedef {{promptTokens: number, tokens: number, seconds: number, firstToken: number, estimated: boolean}} Stats
  * @typedef {{id: string, role: "user" | "assistant", content: string, model?: string, stats?: Stats,
- *   end?: "stopped" | "unfinished" | "length", error?: import("../api/client.js").Failure}} Message
+ *   end?: "stopped" | "unfinished" | "length", error?: import("../client/api.js").Failure}} Message
  * @typedef {{id: string, revision: string, title: string, named: boolean, created: number, updated: number,
  *   model: string, system: string, options: Record<string, any>, messages: Message[]}} Conversation
  */

@@ -1,4 +1,4 @@
-import { ApiError } from "../api/client.js";
+import { ApiError } from "../client/api.js";
 import { promptOf } from "./conversation.js";
 
 /** @typedef {import("./conversation.js").Conversation} Conversation */
@@ -16,11 +16,12 @@ export class Generation {
   chunks = 0;
   /** Whether its conversation was deleted on purpose, so that what arrives late does not bring it back. */
   discarded = false;
+  #left = false;
   conversation;
   message;
 
   /**
-   * @param {import("../api/client.js").Api} api
+   * @param {import("../client/api.js").Api} api
    * @param {Conversation} conversation
    * @param {Message} message the empty answer at the conversation's end
    */
@@ -50,6 +51,12 @@ export class Generation {
     this.stop();
   }
 
+  /** The page is left: that is no fault of the connection, and nobody's wish to stop. */
+  leave() {
+    this.#left = true;
+    this.stop();
+  }
+
   /** @param {() => void} onText called after each piece of text */
   async run(onText) {
     const { conversation, message } = this;
@@ -74,7 +81,7 @@ export class Generation {
     } catch (error) {
       this.#estimate();
       if (this.#abort.signal.aborted) {
-        message.end = "stopped";
+        if (!this.#left) message.end = "stopped";
         return;
       }
       delete message.end;

@@ -1,8 +1,8 @@
-import { ApiError } from "../api/client.js";
-import { modelFacts } from "../api/model_facts.js";
+import { ApiError } from "../client/api.js";
+import { modelFacts } from "../client/model_facts.js";
 import { Emitter } from "../lib/emitter.js";
 
-/** @typedef {import("../api/model_facts.js").ModelFacts} ModelFacts */
+/** @typedef {import("../client/model_facts.js").ModelFacts} ModelFacts */
 
 /** A name as people say it. @param {string} name */
 export function shortName(name) {
@@ -18,7 +18,7 @@ export class Models extends Emitter {
   names = [];
   loaded = new Set();
 
-  /** @param {import("../api/client.js").Api} api */
+  /** @param {import("../client/api.js").Api} api */
   constructor(api) {
     super();
     this.#api = api;

@@ -44,7 +44,7 @@ export class ConversationStore extends Emitter {
    * @returns {boolean} whether it is stored; where not, it stays usable in this tab
    */
   save(conversation, { touch = true } = {}) {
-    this.#mergeOrFork(conversation);
+    const forked = this.#mergeOrFork(conversation);
     if (touch) conversation.updated = Date.now();
     this.#known.set(conversation.id, conversation);
     const before = conversation.revision;
@@ -58,6 +58,7 @@ export class ConversationStore extends Emitter {
     }
     this.emit("changed", conversation);
     this.emit(stored ? "saved" : "full");
+    if (forked) this.emit("forked", conversation);
     return stored;
   }
 
@@ -69,20 +70,20 @@ export class ConversationStore extends Emitter {
     this.emit("changed");
   }
 
-  /** @param {Conversation} mine */
+  /** @param {Conversation} mine @returns {boolean} whether it is a copy now */
   #mergeOrFork(mine) {
     const theirs = this.#read(PREFIX + mine.id);
-    if (!theirs || theirs.revision === mine.revision) return;
+    if (!theirs || theirs.revision === mine.revision) return false;
     if (goesOn(mine, theirs)) {
       mine.title = theirs.title;
       mine.named = theirs.named;
-      return;
+      return false;
     }
     this.#known.set(theirs.id, theirs);
     mine.id = newId();
     mine.title = `${mine.title} (2)`;
     mine.named = true;
-    this.emit("forked", mine);
+    return true;
   }
 
   /** @param {StorageEvent} event */

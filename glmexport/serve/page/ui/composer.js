@@ -26,7 +26,7 @@ export class Composer {
     text.addEventListener("input", () => this.update());
     text.addEventListener("keydown", (event) => this.#key(event));
     system.addEventListener("click", () => parts.openPanel());
-    for (const name of ["opened", "messages", "started", "ended"]) chat.on(name, () => this.update());
+    for (const name of ["opened", "configured", "messages", "started", "ended"]) chat.on(name, () => this.update());
   }
 
   focus() {

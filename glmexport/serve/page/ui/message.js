@@ -145,7 +145,7 @@ export class MessageView {
   }
 }
 
-/** @param {import("../api/client.js").Failure} error @param {string} model */
+/** @param {import("../client/api.js").Failure} error @param {string} model */
 export function problemText(error, model) {
   if (error.code === "busy" && error.retryAfter > 0) return t("error.busy.after", { seconds: number(error.retryAfter) });
   return t(`error.${error.code}`, { model });

@@ -24,7 +24,7 @@ export class Meter {
     this.#models = models;
     this.#root = root;
     this.#near = near;
-    for (const name of ["opened", "messages", "ended"]) chat.on(name, () => this.update());
+    for (const name of ["opened", "configured", "messages", "ended"]) chat.on(name, () => this.update());
     models.on("changed", () => this.update());
   }
 

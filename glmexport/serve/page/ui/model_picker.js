@@ -16,10 +16,7 @@ export class ModelPicker {
     this.#chat = chat;
     this.#models = models;
     this.#select = select;
-    select.addEventListener("change", () => {
-      chat.configure({ model: select.value });
-      models.emit("changed");
-    });
+    select.addEventListener("change", () => chat.configure({ model: select.value }));
     chat.on("opened", () => this.update());
     models.on("changed", () => this.update());
   }

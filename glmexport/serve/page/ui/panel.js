@@ -19,6 +19,7 @@ export class Panel {
     this.#models = models;
     this.#root = root;
     chat.on("opened", () => this.update());
+    chat.on("configured", () => this.update());
     models.on("changed", () => this.update());
   }
 
@@ -64,7 +65,6 @@ export class Panel {
 
   #resetAll() {
     this.#chat.configure({ options: {} });
-    this.update();
     this.#root.querySelector("input")?.focus();
   }
 
@@ -141,7 +141,7 @@ export class Panel {
     return h("div", { class: "field" }, h("div", { class: "field-head" }, h("label", { for: "option-stop" }, t("option.stop"))), area, hint);
   }
 
-  /** @param {import("../api/model_facts.js").ModelFacts | null} facts */
+  /** @param {import("../client/model_facts.js").ModelFacts | null} facts */
   #model(facts) {
     const loaded = this.#models.loaded.has(this.#chat.current.model);
     const rows = [
@@ -162,10 +162,11 @@ export class Panel {
     this.#change({ options: value === undefined ? options : { ...options, [name]: value } });
   }
 
-  /** @param {{system?: string, options?: Record<string, any>}} changes */
+  /** What was typed here is shown already. @param {{system?: string, options?: Record<string, any>}} changes */
   #change(changes) {
-    this.#chat.configure(changes);
+    Object.assign(this.#chat.current, structuredClone(changes));
     this.#shown = this.#state();
+    this.#chat.configure(changes);
   }
 
   #state() {
