@@ -102,7 +102,9 @@ LAYERS = (
 )
 """Bottom first. A command is a file by itself; `split` shows the reports of `verify` and `quantize`."""
 
-FREE = ("", "models", "cli", "convert", "mnn_llm")  # a docstring and the version at most; anybody may import them
+FREE = ("", "models", "cli", "convert", "mnn_llm", "serve")
+"""A docstring and the version at most; anybody may import them."""
+
 LAYER_OF = {name: number for number, layer in enumerate(LAYERS) for name in layer}
 PATCHES_MAY = ("config", "errors", "export_ops", "interface", "names", "onnx_files", "patch", "models.chatglm_6b")
 WITHOUT_TORCH = (
