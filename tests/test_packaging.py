@@ -34,6 +34,14 @@ def test_every_package_on_disk_is_shipped_and_no_other(project):
         assert (folder / "__init__.py").is_file()
 
 
+def test_every_file_of_the_web_page_is_shipped(project):
+    [(package, patterns)] = project["tool"]["setuptools"]["package-data"].items()
+    folder = ROOT.joinpath(*package.split("."))
+    shipped = {path for pattern in patterns for path in folder.glob(pattern) if path.is_file()}
+    assert folder / "page" / "index.html" in shipped
+    assert shipped == {path for path in folder.rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")}
+
+
 def test_the_console_script_exists(project):
     module, _, function = project["project"]["scripts"]["glmexport"].partition(":")
     assert callable(getattr(importlib.import_module(module), function))

@@ -45,7 +45,7 @@ COMMANDS = {
 }
 """Command -> (module with a click command named `command`, one line of help)."""
 
-ALONE = ("bench", "generate", "chat", "eval")
+ALONE = ("bench", "generate", "chat", "eval", "serve")
 """Commands that run graphs and nothing else, with one pool of threads for all."""
 
 
