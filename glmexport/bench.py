@@ -131,7 +131,7 @@ def bench(bundle: Path, options: BenchOptions, advance: Advance) -> BenchReport:
     advance("start", 1)
     start = _start_apart(bundle, options)
     memory = read_memory()
-    with Session(bundle, flavor=options.flavor, threads=options.threads) as session:
+    with Session(bundle, flavor=options.flavor, threads=options.threads, share_threads=True) as session:
         reader = BandwidthReader(options.threads or read_cpu().cores, memory.available)
         weights = sum(size for name, size in session.graph_sizes.items() if name != names.EMBEDDING)
         report = BenchReport(str(bundle), session.flavor, weights, start)
@@ -248,7 +248,8 @@ def start_here() -> None:
     request = json.loads(sys.argv[1])
     begun = request["begun"]
     try:
-        with Session(request["bundle"], flavor=request["flavor"], threads=request["threads"]) as session:
+        options = {"flavor": request["flavor"], "threads": request["threads"], "share_threads": True}
+        with Session(request["bundle"], **options) as session:
             session.load()
             loaded = time.time() - begun
             ids = session.config.special_ids

@@ -33,9 +33,8 @@ uses another core; more would only take turns."""
 MAX_COMPLAINT = 400
 """Characters of what is said about a graph, which may hold names of any length."""
 
-_NOBODY, _OTHERS = -1, -2
 _sharing = threading.Lock()
-_shared: int | None = _NOBODY  # threads of the pool that all graphs share
+_shared = False  # whether there is a pool of threads that all graphs of the process have to use
 
 _ADVICE_BYTES = 1 << 20  # Linux reads no more than some of the disk's largest request for one piece of advice
 
@@ -65,8 +64,10 @@ class GraphPool:
         read_ahead: int = READ_AHEAD,
         mnn_memory: str | None = None,
         flavor: str = names.PORTABLE,
+        share_threads: bool = False,
     ) -> None:
         """Plan; nothing is opened. Arguments as of `Session`."""
+        self._share_threads = share_threads
         self._flavor = flavor
         self._mnn_memory = mnn_memory
         self._bundle = bundle
@@ -188,7 +189,9 @@ class GraphPool:
         options.log_severity_level = 4  # what it would log is raised too
         options.add_session_config_entry("session.use_env_allocators", "1")
         options.add_session_config_entry("session.use_device_allocator_for_initializers", "1")  # they go when it does
-        if share_threads(self._threads):
+        if self._share_threads:
+            share_threads(self._threads)
+        if _shared:
             options.use_per_session_threads = False
         else:  # threads of its own, which must not spin while the next graph runs
             options.add_session_config_entry("session.force_spinning_stop", "1")
@@ -202,7 +205,7 @@ class GraphPool:
             session: OpenGraph = onnxruntime.InferenceSession(str(path), options, providers=providers)
         except Exception as error:  # onnxruntime's own errors share no public base class
             raise BundleError(
-                f"{path.name} could not be loaded ({reason_of(error)}); copy the bundle or split again."
+                f"{names.shown(path)} could not be loaded ({reason_of(error)}); copy the bundle or split again."
             ) from error
         return session
 
@@ -214,7 +217,8 @@ class GraphPool:
         complaints = foreign_parts(model, spec)
         if complaints:
             raise BundleError(
-                f"{path.name} {printable(complaints[0])[:MAX_COMPLAINT].rstrip('.')}; copy the bundle or split again."
+                f"{names.shown(path)} {printable(complaints[0])[:MAX_COMPLAINT].rstrip('.')}; copy the bundle or split "
+                "again."
             )
 
     def _providers_of(self, graph: str) -> list[str]:
@@ -236,23 +240,21 @@ class GraphPool:
         return [*wanted, *([] if CPU_PROVIDER in wanted else [CPU_PROVIDER])]
 
 
-def share_threads(threads: int | None) -> bool:
-    """Have all graphs of the process compute with the same threads; whether these are as many as are asked for.
+def share_threads(threads: int | None) -> None:
+    """Have all graphs of the process compute with the same threads from here on.
 
     They go from one graph to the next without being put to sleep and woken, which saves a tenth of a step's time at
-    full size (onnxruntime 1.31). There can be one such pool, whose size the first to ask decides.
+    full size (onnxruntime 1.31). There can be one such pool, whose size the first to ask decides; and once there is,
+    onnxruntime refuses to open anything with threads of its own, whoever asks. So it is for processes that are ours.
     """
     global _shared
     import onnxruntime
 
     with _sharing:
-        if _shared is _NOBODY:
-            try:
+        if not _shared:
+            with suppress(Exception):  # somebody else has made the pool; there is no public class of such errors
                 onnxruntime.set_global_thread_pool_sizes(threads or 0, 1)
-                _shared = threads
-            except Exception:  # somebody else has made the pool: onnxruntime's own errors share no public base class
-                _shared = _OTHERS
-        return _shared == threads
+            _shared = True
 
 
 @cache

@@ -45,6 +45,9 @@ class Session:
     provider onnxruntime has), the others on the CPU.
     read_ahead: streamed graphs to open beyond the one that runs, where the limit has room.
     flavor: of the graphs to run, of `names.FLAVORS`; None is `ort` where the bundle has it and all runs on the CPU.
+    share_threads: whether all graphs of this process are to compute with the same threads, which is quicker; the first
+    such session says how many. Afterwards onnxruntime opens no model with threads of its own, whoever asks it to: for
+    processes that run bundles and nothing else.
     mnn_memory: how MNN holds the weights of a bundle for it, `low` or `normal` (see `mnn.module.MEMORY`); None for what
     the bundle was made for. Such a bundle's `providers` are MNN's backends (`mnn.module.BACKENDS`).
 
@@ -64,6 +67,7 @@ class Session:
         read_ahead: int = READ_AHEAD,
         mnn_memory: str | None = None,
         flavor: str | None = None,
+        share_threads: bool = False,
     ) -> None:
         memory_limit, gpu_memory = (
             parse_size(size) if isinstance(size, str) else size for size in (memory_limit, gpu_memory)
@@ -91,6 +95,7 @@ class Session:
             read_ahead=read_ahead,
             mnn_memory=mnn_memory,
             flavor=self.flavor,
+            share_threads=share_threads,
         )
         self._in_place = InPlaceBlocks(self._pool) if self.flavor == names.ORT else None
 
@@ -163,6 +168,8 @@ class Session:
         [batch, 2, seq]; pasts: one KV cache a block, as `empty_pasts` gives and earlier calls grew. Raises BundleError.
         """
         batch, total = input_ids.shape[0], attention_mask.shape[-1]
+        if isinstance(pasts, SlotCache):  # which does not shrink
+            batch, total = pasts.slots, max(total, pasts.capacity)
         self._pool.reserve(self._held_kv_bytes(batch, total))
         if isinstance(pasts, SlotCache):
             return self._in_place_steps(pasts, self._embed(input_ids), attention_mask, position_ids)
@@ -266,7 +273,7 @@ class Session:
         try:
             values = session.run(outputs, dict(feeds))
         except Exception as error:  # onnxruntime's own errors share no public base class
-            file = names.graph_file(graph, self.bundle.runtime)
+            file = names.in_flavor(names.graph_file(graph, self.bundle.runtime), self.flavor)
             raise BundleError(
                 f"{file} failed to run ({reason_of(error)}); see `glmexport inspect --check`, or make the bundle again."
             ) from error
