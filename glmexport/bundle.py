@@ -189,8 +189,9 @@ def open_bundle(directory: Path) -> Bundle:
     except OSError as error:
         raise BundleError(f"{path} could not be read ({error.strerror}); copy the bundle again.") from error
     for name in files:
-        plain = Path(name).name if name != names.in_flavor(Path(name).name, names.ORT) else name
-        if plain != name or not name.isprintable() or len(name) >= MAX_NAME or plain in ("", ".", "..", names.MANIFEST):
+        plain = name.removeprefix(f"{names.ORT}/")
+        taken = plain in ("", ".", "..", names.MANIFEST, names.ORT)
+        if Path(plain).name != plain or taken or not name.isprintable() or not 0 < len(name) < MAX_NAME:
             raise BundleError(f"{path} lists the file {name!r:.80}, expected plain names of files beside the manifest.")
     flavored = [one for graph in graphs for one in _flavored(graph, form).values()]
     unlisted = sorted({one[key] for one in flavored for key in ("file", "data")} - set(files))
@@ -412,16 +413,18 @@ def _complaint(path: Path, record: FileRecord, direct: bool) -> str | None:
     """What is wrong with a file. Raises OSError and BundleError where it cannot be read."""
     found = _kind_or_size(path)
     if not found.endswith(" bytes"):
-        return f"{path.name} is {'missing' if found == _NOTHING else found}."
+        return f"{names.shown(path)} is {'missing' if found == _NOTHING else found}."
     if found != f"{record.bytes} bytes":
-        return f"{path.name} has {found}, the manifest says {record.bytes}."
+        return f"{names.shown(path)} has {found}, the manifest says {record.bytes}."
     if sha256_of(path, direct) != record.sha256:
-        return f"{path.name} was changed: its SHA-256 is not the manifest's."
+        return f"{names.shown(path)} was changed: its SHA-256 is not the manifest's."
     return None
 
 
 def _kind_or_size(path: Path) -> str:
     """`123 bytes` of a regular file; what else is there, which nobody must open: a pipe would be waited for."""
+    if path.parent.name == names.ORT and path.parent.is_symlink():
+        return "a link"
     try:
         status = path.lstat()
     except (FileNotFoundError, NotADirectoryError):

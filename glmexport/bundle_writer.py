@@ -444,6 +444,9 @@ def _empty(directory: Path, keep: Collection[str] = ()) -> None:
     for name in [*files_below(directory)]:
         if name not in keep:
             (directory / name).unlink()
+    folder = directory / names.ORT
+    if folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()
 
 
 def _remove(directory: Path) -> None:

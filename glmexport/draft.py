@@ -150,7 +150,10 @@ class BundleDraft:
         return int(self.facts["opset"])
 
     def sizes(self) -> dict[str, int]:
-        """File name -> bytes; graph files and the manifest are estimates. Files that will be links count too."""
+        """File name -> bytes; graph files and the manifest are estimates. Files that will be links count too.
+
+        Data that flavors share is there under each of its names; see `shared_data`.
+        """
         sizes: dict[str, int] = {}
         for graph in self.graphs:
             for flavor in graph.models:
@@ -160,6 +163,14 @@ class BundleDraft:
             sizes[name] = _size(content)
         sizes[names.MANIFEST] = 3072 * (len(self.graphs) + 1)
         return sizes
+
+    def shared_data(self) -> set[str]:
+        """Names of data files that are another flavor's as well, under the name that comes first."""
+        return {
+            names.in_flavor(names.data_file(graph.name), flavor)
+            for graph in self.graphs
+            for flavor in [*graph.models][1:]
+        }
 
     def manifest(self, graphs: list[dict[str, Any]]) -> dict[str, Any]:
         """The manifest but for its record of files."""

@@ -96,11 +96,11 @@ def write_bundle(
 
 def new_bytes(draft: BundleDraft) -> int:
     """Bytes that must be free where the bundle goes: what is not linked."""
-    linked = {
-        names.in_flavor(names.data_file(graph.name), flavor)
+    linked = draft.shared_data()
+    linked |= {
+        names.in_flavor(names.data_file(graph.name), next(iter(graph.models)))
         for graph in draft.graphs
-        for number, flavor in enumerate(graph.models)
-        if graph.data_link or number  # flavors share one file
+        if graph.data_link
     }
     linked |= {name for name, content in draft.files.items() if isinstance(content, LinkedFile)}
     return sum(size for name, size in draft.sizes().items() if name not in linked)

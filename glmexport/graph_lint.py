@@ -9,6 +9,7 @@ from pathlib import Path
 import onnx
 from onnx import TensorProto
 
+from glmexport import names
 from glmexport.errors import printable, reason_of
 from glmexport.interface import OPSETS, GraphSpec, TensorSpec
 from glmexport.onnx_files import ALIGNMENT, external_tensors, hidden_data, load_graph, stored_bytes
@@ -49,7 +50,7 @@ def lint_graph(path: Path, spec: GraphSpec, opset: int) -> list[str]:
         RuntimeError,
     ) as error:  # onnx's own, over senseless fields
         complaints.append(f"cannot be checked ({reason_of(error)}); the file is damaged, split again.")
-    return [f"{path.name}: {printable(complaint)}" for complaint in complaints]
+    return [f"{names.shown(path)}: {printable(complaint)}" for complaint in complaints]
 
 
 def foreign_parts(model: onnx.ModelProto, spec: GraphSpec) -> list[str]:

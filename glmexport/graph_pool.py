@@ -198,7 +198,7 @@ class GraphPool:
             session: OpenGraph = onnxruntime.InferenceSession(str(path), options, providers=providers)
         except Exception as error:  # onnxruntime's own errors share no public base class
             raise BundleError(
-                f"{path.name} could not be loaded ({reason_of(error)}); copy the bundle or split again."
+                f"{names.shown(path)} could not be loaded ({reason_of(error)}); copy the bundle or split again."
             ) from error
         return session
 
@@ -210,7 +210,8 @@ class GraphPool:
         complaints = foreign_parts(model, spec)
         if complaints:
             raise BundleError(
-                f"{path.name} {printable(complaints[0])[:MAX_COMPLAINT].rstrip('.')}; copy the bundle or split again."
+                f"{names.shown(path)} {printable(complaints[0])[:MAX_COMPLAINT].rstrip('.')}; copy the bundle or split "
+                "again."
             )
 
     def _providers_of(self, graph: str) -> list[str]:

@@ -125,7 +125,9 @@ class InPlaceBlocks:
             raise BundleError(
                 f"{file} failed to run ({reason_of(error)}); see `glmexport inspect --check`, or make the bundle again."
             ) from error
-        if graph not in self._pool.placement.streamed:  # a binding keeps its graph open
+        if graph in self._pool.placement.streamed:  # a binding keeps its graph open
+            step.bound.pop(graph, None)
+        else:
             step.bound[graph] = session, turn, binding
 
 

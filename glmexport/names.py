@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import PurePath
 
 MANIFEST = "manifest.json"
 RECIPE = "recipe.toml"
@@ -81,6 +82,11 @@ def data_file(graph: str, runtime: str = ONNX) -> str:
 def in_flavor(file: str, flavor: str) -> str:
     """Where a file of that flavor lies in a bundle: portable graphs at its top, others in a folder of their name."""
     return file if flavor == PORTABLE else f"{flavor}/{file}"
+
+
+def shown(path: PurePath) -> str:
+    """A file of a bundle as its manifest names it, for messages."""
+    return in_flavor(path.name, ORT if path.parent.name == ORT else PORTABLE)
 
 
 def block_id_of(graph: str) -> int | None:

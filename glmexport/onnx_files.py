@@ -15,6 +15,7 @@ import numpy.typing as npt
 import onnx
 from onnx import TensorProto
 
+from glmexport import names
 from glmexport.direct_file import OffsetFile
 from glmexport.errors import BundleError
 
@@ -148,11 +149,13 @@ def load_graph(path: Path) -> onnx.ModelProto:
     except MemoryError:
         raise
     except Exception as error:  # protobuf raises one of several errors of its own, depending on its implementation
-        raise BundleError(f"{path.name} is not a readable ONNX model; the file is damaged, split again.") from error
+        raise BundleError(
+            f"{names.shown(path)} is not a readable ONNX model; the file is damaged, split again."
+        ) from error
     if size > MAX_GRAPH_BYTES:
         raise BundleError(f"{path} has {size} bytes, expected at most {MAX_GRAPH_BYTES}; split the bundle again.")
     if not model.HasField("graph"):
-        raise BundleError(f"{path.name} holds no ONNX graph; the file is damaged, split again.")
+        raise BundleError(f"{names.shown(path)} holds no ONNX graph; the file is damaged, split again.")
     return model
 
 

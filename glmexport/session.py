@@ -159,6 +159,8 @@ class Session:
         [batch, 2, seq]; pasts: one KV cache a block, as `empty_pasts` gives and earlier calls grew. Raises BundleError.
         """
         batch, total = input_ids.shape[0], attention_mask.shape[-1]
+        if isinstance(pasts, SlotCache):  # which does not shrink
+            batch, total = pasts.slots, max(total, pasts.capacity)
         self._pool.reserve(self.held_kv_bytes(batch, total))
         if isinstance(pasts, SlotCache):
             return self._in_place_steps(pasts, self._embed(input_ids), attention_mask, position_ids)
@@ -292,7 +294,7 @@ class Session:
         try:
             values = session.run(outputs, dict(feeds))
         except Exception as error:  # onnxruntime's own errors share no public base class
-            file = names.graph_file(graph, self.bundle.runtime)
+            file = names.in_flavor(names.graph_file(graph, self.bundle.runtime), self.flavor)
             raise BundleError(
                 f"{file} failed to run ({reason_of(error)}); see `glmexport inspect --check`, or make the bundle again."
             ) from error

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,15 +65,19 @@ class SplitOptions:
 
 @dataclass(frozen=True)
 class SplitPlan:
-    """What a split will write and need; sizes in bytes. files: name -> size; graph files are estimates."""
+    """What a split will write and need; sizes in bytes. files: name -> size; graph files are estimates.
+
+    shared: names of files that are others of these too, as flavors share their data.
+    """
 
     files: Mapping[str, int]
     peak_memory: int
+    shared: Collection[str] = ()
 
     @property
     def disk(self) -> int:
         """Bytes that must be free where the bundle goes."""
-        return sum(self.files.values())
+        return sum(size for name, size in self.files.items() if name not in self.shared)
 
 
 def plan_split(checkpoint: Checkpoint, options: SplitOptions) -> SplitPlan:
@@ -86,7 +90,7 @@ def plan_split(checkpoint: Checkpoint, options: SplitOptions) -> SplitPlan:
     whole = max(checkpoint.info(name).nbytes for name in checkpoint.weights.names() if name not in tables)
     slices = Making.SLICES_AHEAD + 2  # one is being cast and one turned
     in_flight = Making.TENSORS_AT_ONCE * (whole + slices * SLICE_BYTES) + HashingFile.BLOCKS * HashingFile.BLOCK_BYTES
-    return SplitPlan(draft.sizes(), LIBRARY_BYTES + in_flight)
+    return SplitPlan(draft.sizes(), LIBRARY_BYTES + in_flight, draft.shared_data())
 
 
 def split(

@@ -30,6 +30,9 @@ def _numbers(context: click.Context, parameter: click.Parameter, text: str) -> t
               help="Rows that are decoded at once.")  # fmt: skip
 @click.option("--prefill", "lengths", default="16,64,256,1024", show_default=True, callback=_numbers, metavar="N,N",
               help="Tokens of the prompts.")  # fmt: skip
+@click.option(
+    "--serve", is_flag=True, help="Measure tokens a second by rows at once instead, as `serve` computes them."
+)
 @click.option("--flavor", type=click.Choice(["portable", "ort"]), help="Of the graphs.  [default: ort where there is]")
 @click.option("--threads", type=click.IntRange(1, 1024), metavar="N", help="Of each graph.  [default: one a core]")
 @click.option("--json", "json_file", metavar="FILE", help="Also write the figures as JSON; - is stdout, no table.")
@@ -40,6 +43,7 @@ def command(
     pasts: tuple[int, ...],
     batches: tuple[int, ...],
     lengths: tuple[int, ...],
+    serve: bool,
     flavor: str | None,
     threads: int | None,
     json_file: str | None,
@@ -57,7 +61,11 @@ def command(
       glmexport bench fast/
       glmexport bench fast/ --batch 1 --past 1024 --prefill "" --flavor portable
       glmexport bench fast/ --json bench.json --plot bench.png
+      glmexport bench fast/ --serve
     """
+    if serve:
+        _show_throughput(bundle, batches, flavor, threads, json_file)
+        return
     from glmexport.bench import BenchOptions, bench, plot_bench, progress_total
     from glmexport.plotting import demand_matplotlib
 
@@ -77,6 +85,31 @@ def command(
         show(report)
     if plot is not None:
         plot_bench(report, plot)
+
+
+def _show_throughput(
+    bundle: Path, rows: tuple[int, ...], flavor: str | None, threads: int | None, json_file: str | None
+) -> None:
+    import dataclasses
+
+    from glmexport.serve.rows import open_rows
+    from glmexport.serve.throughput import PROMPT_TOKENS, in_words, sample_prompt, throughput
+    from glmexport.session import Session
+
+    runner = open_rows(Session(bundle, flavor=flavor, threads=threads), max(rows, default=1))
+    try:
+        points = throughput(runner, sample_prompt(runner.config, PROMPT_TOKENS), rows=rows)
+    finally:
+        runner.close()
+    if json_file is not None:
+        document = {
+            "bundle": str(bundle),
+            "serve": [{**dataclasses.asdict(p), "tokens_per_s": p.speed} for p in points],
+        }
+        output.write_json(json_file, document)
+    if json_file != "-":
+        for line in in_words(points):
+            click.echo(line)
 
 
 def show(report: BenchReport) -> None:

@@ -276,7 +276,7 @@ def _tensor(tensor: TensorSpec) -> dict[str, Any]:
 def _manifest(
     bundle: Bundle, draft: BundleDraft, plan: MnnPlan, version: str, entries: list[dict[str, Any]]
 ) -> dict[str, Any]:
-    form = dataclasses.replace(draft.form, quantization=None, weights="float32")
+    form = dataclasses.replace(draft.form, quantization=None, weights="float32", flavors=(names.PORTABLE,))
     facts = {key: value for key, value in draft.facts.items() if key not in ("architecture", "argmax")}
     step = {"step": "convert mnn", "bits": dict(plan.bits), "block": plan.block or "channel", "memory": plan.memory}
     head = bundle.graph(names.HEAD)["matrices"].values()
@@ -300,7 +300,7 @@ def _manifest(
 
 def _estimate(bundle: Bundle, plan: MnnPlan) -> int:
     """More bytes than will be written."""
-    total = sum(record.bytes for record in bundle.files.values())
+    total = bundle.total_bytes
     if bundle.form.embedding.kind != GRAPH:
         total += 0 if bundle.form.embedding.kind == RAW else 4 * bundle.config.vocab_size * bundle.config.hidden_size
     return total + total // 4

@@ -14,7 +14,7 @@ from glmexport.errors import GlmExportError
 from glmexport.machine import read_memory
 from glmexport.serve.defaults import read_generation_config
 from glmexport.serve.engine import Engine, Watch
-from glmexport.serve.rows import InPlaceRows, PortableRows, RowRunner
+from glmexport.serve.rows import RowRunner, open_rows
 from glmexport.serve.settings import Settings
 from glmexport.session import Session
 from glmexport.sizes import size_in_words
@@ -107,10 +107,9 @@ def load(directory: Path, settings: Settings, notice: Notice, watch: Watch | Non
 
 def open_runner(session: Session, slots: int, length: int, notice: Notice) -> RowRunner:
     """What computes the rows of a bundle, which takes the session over."""
-    if session.flavor == names.ORT:
-        return InPlaceRows(session, slots, length)
-    notice(f"{session.bundle.directory} is a portable bundle: its rows are computed one after the other.")
-    return PortableRows(session, slots, length)
+    if session.flavor != names.ORT:
+        notice(f"{session.bundle.directory} is a portable bundle: its rows are computed one after the other.")
+    return open_rows(session, slots, length)
 
 
 def start_engine(

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from glmexport import names
+from glmexport.config import ModelConfig
 from glmexport.errors import GlmExportError
 from glmexport.generation import Decoder
 from glmexport.prompt import Prompt, prepare_prompt
@@ -27,6 +28,8 @@ class RowRunner(Protocol):
     What a row gives does not depend on its neighbours, but for the last digits of a product that was batched.
     """
 
+    @property
+    def config(self) -> ModelConfig: ...
     @property
     def slots(self) -> int: ...
     @property
@@ -51,6 +54,12 @@ class RowRunner(Protocol):
         ...
 
 
+def open_rows(session: Session, slots: int, max_length: int | None = None) -> RowRunner:
+    """The runner of a session's flavor, which takes the session over. Raises GlmExportError."""
+    kind = InPlaceRows if session.flavor == names.ORT else PortableRows
+    return kind(session, slots, max_length)
+
+
 class InPlaceRows:
     """A `RowRunner` over the graphs of the flavor ort: all rows take one step together.
 
@@ -61,7 +70,7 @@ class InPlaceRows:
 
     def __init__(self, session: Session, slots: int, max_length: int | None = None) -> None:
         self.slots, self.max_length = slots, _checked(session, slots, max_length)
-        self._session = session
+        self._session, self.config = session, session.config
         self._cache = SlotCache(session.config, slots, session.bundle.form.dtype)
         self._rows: dict[int, _SlotRow] = {}
 
@@ -144,7 +153,8 @@ class PortableRows:
 
     def __init__(self, session: Session, slots: int, max_length: int | None = None) -> None:
         self.slots, self.max_length = slots, _checked(session, slots, max_length)
-        self._session, self._rows = session, dict[int, Decoder]()
+        self._session, self.config = session, session.config
+        self._rows: dict[int, Decoder] = {}
 
     @property
     def kv_bytes_per_slot(self) -> int:

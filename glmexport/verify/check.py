@@ -203,7 +203,7 @@ class _Comparison:
                 worst.add(found, expected.numpy(), self._dtype)
                 run.hidden.append(expected)
                 run.half.append(torch.from_numpy(found))
-            if run.mode is self._modes[0]:  # rows are looked up in the same way in each
+            if run.mode is self._modes[0] or run.mode.flavor != names.PORTABLE:  # MNN's modes look up the same rows
                 self._add_row(names.EMBEDDING, run, worst)
         self._report.rows.extend(self._weights.embedding())
         self._advance(f"compare {names.EMBEDDING}")

@@ -6,6 +6,7 @@ prompt of a verification meets, so each graph is compared with a fresh trace of 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -52,6 +53,7 @@ def check_structure(bundle: Bundle, expected: BundleDraft, advance: Callable[[st
         complaints = list(_entry_complaints(expected, graph, models, entry))
         for flavor, model in models.items():
             complaints += _weight_complaints(bundle, graph, flavored[flavor], model)
+        complaints += _sharing_complaints(bundle, flavored, models)
         if not complaints and not differ:
             for flavor, model in models.items():
                 complaints += _trace_complaints(graph, flavor, model)
@@ -172,6 +174,25 @@ def _weight_complaints(
             yield f"{name} is {found}, expected {ours}."
         elif isinstance(tensor, ArrayTensor) and not _holds(bundle, stored[name], tensor):
             yield f"{name} does not hold the patch's values."
+
+
+def _sharing_complaints(
+    bundle: Bundle, flavored: Mapping[str, Mapping[str, Any]], models: Mapping[str, onnx.ModelProto]
+) -> Iterator[str]:
+    """Every flavor reads the numbers of the first, which alone are compared with the checkpoint's."""
+    stored = {flavor: stored_tensors(bundle, model, flavored[flavor]) for flavor, model in models.items()}
+    first, *others = flavored
+    for other in others:
+        one, same = flavored[other], flavored[first]["data"]
+        if bundle.files[one["data"]] != bundle.files[same]:
+            yield f"{one['data']} is not what {same} is."
+        moved = sorted(
+            name
+            for name, place in stored[other].items()
+            if name in stored[first] and dataclasses.replace(place, location=same) != stored[first][name]
+        )
+        if moved:
+            yield f"{one['file']} reads {', '.join(moved[:3])} from another place than {flavored[first]['file']} does."
 
 
 def _holds(bundle: Bundle, place: ExternalTensor, tensor: ArrayTensor) -> bool:
