@@ -22,6 +22,7 @@ from glmexport.errors import BundleError, GlmExportError
 from glmexport.generation import Decoder
 from glmexport.machine import BandwidthReader, read_cpu, read_memory
 from glmexport.plotting import save_png, two_parts
+from glmexport.prompt import sample_prompt
 from glmexport.session import Pasts, Session
 from glmexport.slot_cache import SlotCache
 from glmexport.thread_pool import run_alone
@@ -170,11 +171,13 @@ def _plan(session: Session, options: BenchOptions) -> Iterator[tuple[str, int, i
 
 def _runs(session: Session, batch: int, past: int, length: int) -> Callable[[], None]:
     """A function that feeds `length` tokens a row after `past` places."""
-    ids = session.config.special_ids
     if past == 0:
-        prompt = [*_words(session, length - 2), ids.gmask, ids.bos]
+        prompt = sample_prompt(session.config, length)
         return lambda: _drop(Decoder(session, [prompt] * batch).prefill())
-    filled, tokens = filled_cache(session, batch, past), np.array([_words(session, 1)] * batch, np.int64)
+    filled, tokens = (
+        filled_cache(session, batch, past),
+        np.array([sample_prompt(session.config, 3)[:1]] * batch, np.int64),
+    )
     mask = np.zeros((batch, 1, 1, past + 1), np.bool_)
     positions = np.full((batch, 2, 1), past // 2, np.int64)
 
@@ -198,14 +201,6 @@ def filled_cache(session: Session, batch: int, length: int) -> Pasts:
     turned = places.transpose(1, 0, 2)[None, :, None].astype(session.bundle.form.dtype)
     shape = (2, length, batch, config.num_heads, config.head_dim)
     return [np.broadcast_to(turned, shape).copy() for _ in range(config.num_blocks)]
-
-
-def _words(session: Session, count: int) -> list[int]:
-    """Some ids of text."""
-    ids = session.config.special_ids
-    special = {ids.mask, ids.gmask, ids.bos, ids.eos, ids.pad}
-    word = next((number for number in range(session.config.num_image_tokens, 64) if number not in special), 0)
-    return [word] * count
 
 
 def _median(run: Callable[[], None]) -> float:
@@ -253,8 +248,7 @@ def start_here() -> None:
         with Session(request["bundle"], flavor=request["flavor"], threads=request["threads"]) as session:
             session.load()
             loaded = time.time() - begun
-            ids = session.config.special_ids
-            _drop(Decoder(session, [[*_words(session, FIRST_PROMPT - 2), ids.gmask, ids.bos]]).prefill())
+            _drop(Decoder(session, [sample_prompt(session.config, FIRST_PROMPT)]).prefill())
             first = time.time() - begun
             past = min(HISTORY, session.config.max_positions - 1)
             _runs(session, 1, past, 1)()

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from glmexport.config import SpecialIds
+from glmexport.config import ModelConfig, SpecialIds
 from glmexport.errors import GlmExportError
 
 IntArray = npt.NDArray[np.int64]
@@ -77,3 +77,11 @@ def prepare_prompt(rows: list[list[int]], ids: SpecialIds) -> Prompt:
         place = np.arange(seq)
         hidden[i, 0] = ((place[None, :] > place[:, None]) & (place >= pad + context)[None, :]) | (place < pad)[None, :]
     return Prompt(input_ids, hidden, positions, mask_positions, contexts, pads)
+
+
+def sample_prompt(config: ModelConfig, count: int) -> list[int]:
+    """A prompt of `count` ids to measure with: one word of text again and again, and what begins an answer."""
+    ids = config.special_ids
+    special = {ids.mask, ids.gmask, ids.bos, ids.eos, ids.pad}
+    word = next((number for number in range(config.num_image_tokens, config.vocab_size) if number not in special), 0)
+    return [*[word] * (count - 2), ids.gmask, ids.bos]

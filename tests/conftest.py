@@ -15,7 +15,6 @@ import pytest
 import torch
 from checkpoints import write_checkpoint
 
-
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN_CHECKPOINT = ROOT / "examples" / "chatglm-6b-tiny"
 GOLDEN_DATA = ROOT / "tests" / "data" / "chatglm-6b-tiny"

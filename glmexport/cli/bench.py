@@ -92,8 +92,9 @@ def _show_throughput(
 ) -> None:
     import dataclasses
 
+    from glmexport.prompt import sample_prompt
     from glmexport.serve.rows import open_rows
-    from glmexport.serve.throughput import PROMPT_TOKENS, in_words, sample_prompt, throughput
+    from glmexport.serve.throughput import PROMPT_TOKENS, in_words, throughput
     from glmexport.session import Session
 
     runner = open_rows(Session(bundle, flavor=flavor, threads=threads), max(rows, default=1))

@@ -8,19 +8,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from glmexport.config import ModelConfig
 from glmexport.serve.rows import RowRunner
 
 ROWS = (1, 2, 4, 8)
 PROMPT_TOKENS = 32
-
-
-def sample_prompt(config: ModelConfig, count: int) -> list[int]:
-    """A prompt of `count` ids, the same word again and again."""
-    ids = config.special_ids
-    special = {ids.mask, ids.gmask, ids.bos, ids.eos, ids.pad}
-    word = next((number for number in range(config.num_image_tokens, config.vocab_size) if number not in special), 0)
-    return [*[word] * (count - 2), ids.gmask, ids.bos]
 
 
 @dataclass(frozen=True)
