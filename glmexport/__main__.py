@@ -1,6 +1,6 @@
 """`python -m glmexport`."""
 
-from glmexport.cli.main import run
+from glmexport.cli.main import main
 
 if __name__ == "__main__":
-    run()
+    main()

@@ -66,7 +66,7 @@ def split(
     from glmexport.splitter import split as split_checkpoint
 
     with open_checkpoint(checkpoint, revision) as source:
-        passes = _passes(slim, embedding, quantize, group_size, weights, source.config.num_blocks)
+        passes = passes_of(slim, embedding, quantize, group_size, weights, source.config.num_blocks)
         options = SplitOptions(opset, passes=passes, dtype=dtype, flavor=flavor)
         split_checkpoint(source, Path(output), options, force=force, notice=notice)
     return open_bundle(Path(output))
@@ -100,10 +100,10 @@ def generate(
     return generate_with(session, text, sampling=sampling, max_tokens=max_tokens, stop=stop, special=special)
 
 
-def _passes(
+def passes_of(
     slim: bool, embedding: str, quantize: str | None, group_size: int | str, weights: str, num_blocks: int
 ) -> tuple[Pass, ...]:
-    """The passes that `split` is asked for, in their order (see `glmexport.passes`)."""
+    """The passes that `split` is asked for, in their order (see `glmexport.passes`). Raises RecipeError."""
     # here: what runs a bundle needs none of them
     from glmexport.passes.half_weights import HalfWeightsPass
     from glmexport.passes.quantize_weights import QuantizePass

@@ -24,6 +24,7 @@ from glmexport.machine import BandwidthReader, read_cpu, read_memory
 from glmexport.plotting import save_png, two_parts
 from glmexport.session import Pasts, Session
 from glmexport.slot_cache import SlotCache
+from glmexport.thread_pool import run_alone
 
 Array = npt.NDArray[Any]
 Advance = Callable[[str, int], None]
@@ -131,7 +132,7 @@ def bench(bundle: Path, options: BenchOptions, advance: Advance) -> BenchReport:
     advance("start", 1)
     start = _start_apart(bundle, options)
     memory = read_memory()
-    with Session(bundle, flavor=options.flavor, threads=options.threads, share_threads=True) as session:
+    with Session(bundle, flavor=options.flavor, threads=options.threads) as session:
         reader = BandwidthReader(options.threads or read_cpu().cores, memory.available)
         weights = sum(size for name, size in session.graph_sizes.items() if name != names.EMBEDDING)
         report = BenchReport(str(bundle), session.flavor, weights, start)
@@ -245,11 +246,11 @@ def _start_apart(bundle: Path, options: BenchOptions) -> Start:
 
 def start_here() -> None:
     """In a process of its own: load, prefill, decode after HISTORY places, print a `Start` as JSON."""
+    run_alone()
     request = json.loads(sys.argv[1])
     begun = request["begun"]
     try:
-        options = {"flavor": request["flavor"], "threads": request["threads"], "share_threads": True}
-        with Session(request["bundle"], **options) as session:
+        with Session(request["bundle"], flavor=request["flavor"], threads=request["threads"]) as session:
             session.load()
             loaded = time.time() - begun
             ids = session.config.special_ids

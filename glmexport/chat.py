@@ -18,8 +18,15 @@ _UNDECIDED = ",!:;?"
 _BEGINNINGS = tuple(TRAINING_TIME[:end] for end in range(len(TRAINING_TIME) - 1, 0, -1))
 
 
-def chat_prompt(query: str, history: Sequence[Round] = ()) -> str:
-    """The prompt's text: the query itself, or with a history every round with its number and the query as the last."""
+def chat_prompt(query: str, history: Sequence[Round] = (), system: str = "") -> str:
+    """The prompt's text: the query itself, or with a history every round with its number and the query as the last.
+
+    system: what holds for all of the chat. The model knows no such role; it stands in front of the first query.
+    """
+    if system and history:
+        history = [(f"{system}\n{history[0][0]}", history[0][1]), *history[1:]]
+    elif system:
+        query = f"{system}\n{query}"
     if not history:
         return query
     rounds = "".join(f"[Round {number}]\n问：{asked}\n答：{answer}\n" for number, (asked, answer) in enumerate(history))

@@ -19,7 +19,8 @@ MAX_FILE_BYTES = 64 << 20
 class Conversation:
     """The rounds so far and what continues them.
 
-    history: rounds to begin with. latest: the last answer's generation, for its ids, statistics and reason of ending.
+    history: rounds to begin with. system: what holds for all of them (`chat.chat_prompt`). latest: the
+    last answer's generation, for its ids, statistics and reason of ending.
     """
 
     def __init__(
@@ -30,8 +31,10 @@ class Conversation:
         max_tokens: int | None = None,
         stop: Sequence[str] = (),
         history: Sequence[Round] = (),
+        system: str = "",
     ) -> None:
         self.history: list[Round] = [*history]
+        self.system = system
         self.latest: Generation | None = None
         self._session, self._sampling = session, sampling or Sampling()
         self._max_tokens, self._stop = max_tokens, stop
@@ -44,7 +47,7 @@ class Conversation:
         sampling = self._sampling
         if sampling.seed is not None:  # the same numbers in every round would be no chance at all
             sampling = dataclasses.replace(sampling, seed=sampling.seed + len(self.history))
-        prompt = chat_prompt(query, self.history)
+        prompt = chat_prompt(query, self.history, self.system)
         try:
             self.latest = generate(
                 self._session, prompt, sampling=sampling, max_tokens=self._max_tokens, stop=self._stop

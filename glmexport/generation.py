@@ -15,6 +15,7 @@ from glmexport.errors import GlmExportError
 from glmexport.prompt import prepare_prompt
 from glmexport.sampling import Sampler, Sampling
 from glmexport.session import Session
+from glmexport.tokenizer import Tokenizer
 
 Array = npt.NDArray[Any]
 
@@ -93,10 +94,10 @@ class Generation:
         self.finish_reason: str | None = None
         self._session, self._limit = session, max_tokens
         self._sampler = Sampler(sampling, prompt_ids, session.config.special_ids.forced)
-        self._greedy = sampling.is_greedy and sampling.repetition_penalty == 1
+        self._argmax = sampling.is_argmax
         self._decoder = Decoder(session, [prompt_ids])
         self._text = ""
-        self._pieces = self._generate(StopTexts(stop))
+        self._pieces = self._generate(AnswerText(session.tokenizer if session.has_tokenizer else None, stop))
 
     def __iter__(self) -> Iterator[str]:
         """Pieces of text, each as soon as it is certain; empty where the bundle has no tokenizer."""
@@ -109,18 +110,17 @@ class Generation:
             pass
         return self._text
 
-    def _generate(self, stop: StopTexts) -> Iterator[str]:
-        stream = self._session.tokenizer.stream() if self._session.has_tokenizer else None
+    def _generate(self, answer: AnswerText) -> Iterator[str]:
         for token in self._tokens():
-            piece = stop.push(stream.push(token)) if stream and self.finish_reason != END else ""
+            piece = answer.push(token) if self.finish_reason != END else ""
             if piece:
                 self._text += piece
                 yield piece
-            if stop.found:
+            if answer.stopped:
                 self.finish_reason = STOP
                 break
-        rest = stop.push(stream.finish()) + stop.finish() if stream else ""
-        self.finish_reason = STOP if stop.found else self.finish_reason
+        rest = answer.finish()
+        self.finish_reason = STOP if answer.stopped else self.finish_reason
         if rest:
             self._text += rest
             yield rest
@@ -159,12 +159,40 @@ class Generation:
     def _choose(self, outputs: dict[str, Array]) -> int:
         if names.LOGITS in outputs:
             return self._sampler.choose(outputs[names.LOGITS][0])
-        if not self._greedy:
+        if not self._argmax:
             raise GlmExportError(
                 "The bundle's LM head gives the greedy token alone (--argmax only), nothing to sample from; generate "
                 "with --greedy and without a repetition penalty, or split again without --argmax only."
             )
         return int(outputs[names.TOKEN_ID][0])
+
+
+class AnswerText:
+    """The text of an answer whose ids come one by one, up to the first of some stop texts.
+
+    Held back is what later ids can change: part of a character, and what may be the beginning of a stop text.
+    tokenizer: None for a bundle without one, whose answers have no text. before: ids that the answer goes on from.
+    """
+
+    def __init__(self, tokenizer: Tokenizer | None, stop: Sequence[str] = (), before: Sequence[int] = ()) -> None:
+        self._stream = tokenizer.stream() if tokenizer else None
+        self._stop = StopTexts(stop)
+        if self._stream:
+            for token in before:
+                self._stream.push(token)
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a stop text came; nothing is given out after it."""
+        return self._stop.found
+
+    def push(self, token: int) -> str:
+        """The text that is certain from this id on. Raises GlmExportError where it is no id."""
+        return self._stop.push(self._stream.push(token)) if self._stream else ""
+
+    def finish(self) -> str:
+        """What was held back; nothing may be pushed after it."""
+        return self._stop.push(self._stream.finish()) + self._stop.finish() if self._stream else ""
 
 
 @dataclass

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
@@ -23,6 +22,7 @@ from glmexport.mnn.session import MnnGraph, backend_for
 from glmexport.onnx_files import load_graph
 from glmexport.placement import READ_AHEAD, Placement, graphs_for_gpu, held_on_cpu, place
 from glmexport.stored import stored_tensors
+from glmexport.thread_pool import share_threads
 
 CPU_PROVIDER = "CPUExecutionProvider"
 _NO_GPU = (CPU_PROVIDER, "AzureExecutionProvider")
@@ -32,9 +32,6 @@ uses another core; more would only take turns."""
 
 MAX_COMPLAINT = 400
 """Characters of what is said about a graph, which may hold names of any length."""
-
-_sharing = threading.Lock()
-_shared = False  # whether there is a pool of threads that all graphs of the process have to use
 
 _ADVICE_BYTES = 1 << 20  # Linux reads no more than some of the disk's largest request for one piece of advice
 
@@ -64,10 +61,8 @@ class GraphPool:
         read_ahead: int = READ_AHEAD,
         mnn_memory: str | None = None,
         flavor: str = names.PORTABLE,
-        share_threads: bool = False,
     ) -> None:
         """Plan; nothing is opened. Arguments as of `Session`."""
-        self._share_threads = share_threads
         self._flavor = flavor
         self._mnn_memory = mnn_memory
         self._bundle = bundle
@@ -189,9 +184,7 @@ class GraphPool:
         options.log_severity_level = 4  # what it would log is raised too
         options.add_session_config_entry("session.use_env_allocators", "1")
         options.add_session_config_entry("session.use_device_allocator_for_initializers", "1")  # they go when it does
-        if self._share_threads:
-            share_threads(self._threads)
-        if _shared:
+        if share_threads(self._threads):
             options.use_per_session_threads = False
         else:  # threads of its own, which must not spin while the next graph runs
             options.add_session_config_entry("session.force_spinning_stop", "1")
@@ -238,23 +231,6 @@ class GraphPool:
                 "build of onnxruntime that has one, or choose another."
             )
         return [*wanted, *([] if CPU_PROVIDER in wanted else [CPU_PROVIDER])]
-
-
-def share_threads(threads: int | None) -> None:
-    """Have all graphs of the process compute with the same threads from here on.
-
-    They go from one graph to the next without being put to sleep and woken, which saves a tenth of a step's time at
-    full size (onnxruntime 1.31). There can be one such pool, whose size the first to ask decides; and once there is,
-    onnxruntime refuses to open anything with threads of its own, whoever asks. So it is for processes that are ours.
-    """
-    global _shared
-    import onnxruntime
-
-    with _sharing:
-        if not _shared:
-            with suppress(Exception):  # somebody else has made the pool; there is no public class of such errors
-                onnxruntime.set_global_thread_pool_sizes(threads or 0, 1)
-            _shared = True
 
 
 @cache

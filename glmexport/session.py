@@ -45,9 +45,6 @@ class Session:
     provider onnxruntime has), the others on the CPU.
     read_ahead: streamed graphs to open beyond the one that runs, where the limit has room.
     flavor: of the graphs to run, of `names.FLAVORS`; None is `ort` where the bundle has it and all runs on the CPU.
-    share_threads: whether all graphs of this process are to compute with the same threads, which is quicker; the first
-    such session says how many. Afterwards onnxruntime opens no model with threads of its own, whoever asks it to: for
-    processes that run bundles and nothing else.
     mnn_memory: how MNN holds the weights of a bundle for it, `low` or `normal` (see `mnn.module.MEMORY`); None for what
     the bundle was made for. Such a bundle's `providers` are MNN's backends (`mnn.module.BACKENDS`).
 
@@ -67,7 +64,6 @@ class Session:
         read_ahead: int = READ_AHEAD,
         mnn_memory: str | None = None,
         flavor: str | None = None,
-        share_threads: bool = False,
     ) -> None:
         memory_limit, gpu_memory = (
             parse_size(size) if isinstance(size, str) else size for size in (memory_limit, gpu_memory)
@@ -95,7 +91,6 @@ class Session:
             read_ahead=read_ahead,
             mnn_memory=mnn_memory,
             flavor=self.flavor,
-            share_threads=share_threads,
         )
         self._in_place = InPlaceBlocks(self._pool) if self.flavor == names.ORT else None
 
@@ -131,7 +126,7 @@ class Session:
 
     def plan(self, length: int) -> Placement:
         """Where the graphs would be with a KV cache of so many places."""
-        return self._pool.placed(self._held_kv_bytes(1, length))
+        return self._pool.placed(self.held_kv_bytes(1, length))
 
     @property
     def graph_sizes(self) -> Mapping[str, int]:
@@ -157,10 +152,6 @@ class Session:
         """Bytes of the KV cache of all blocks for so many rows and places."""
         return self.config.num_blocks * kv_cache_bytes(self.config, batch, length, self.bundle.form.float_bytes)
 
-    def _held_kv_bytes(self, batch: int, length: int) -> int:
-        """The same with the room to grow that the cache has."""
-        return self.kv_bytes(batch, length if self._in_place is None else capacity_for(length))
-
     def forward(self, input_ids: Array, attention_mask: Array, position_ids: Array, pasts: Pasts) -> Array:
         """Run embedding and blocks; returns hidden states [seq, batch, hidden] and grows `pasts` in place.
 
@@ -168,11 +159,10 @@ class Session:
         [batch, 2, seq]; pasts: one KV cache a block, as `empty_pasts` gives and earlier calls grew. Raises BundleError.
         """
         batch, total = input_ids.shape[0], attention_mask.shape[-1]
-        if isinstance(pasts, SlotCache):  # which does not shrink
-            batch, total = pasts.slots, max(total, pasts.capacity)
-        self._pool.reserve(self._held_kv_bytes(batch, total))
         if isinstance(pasts, SlotCache):
+            self._reserve(pasts, total)
             return self._in_place_steps(pasts, self._embed(input_ids), attention_mask, position_ids)
+        self._pool.reserve(self.held_kv_bytes(batch, total))
         hidden = self.embed(input_ids)
         for block_id in range(self.config.num_blocks):
             hidden = self.step(block_id, hidden, attention_mask, position_ids, pasts)
@@ -182,19 +172,53 @@ class Session:
         """One block of `forward`: hidden states [seq, batch, hidden] in and out; grows its part of `pasts`."""
         if isinstance(pasts, SlotCache):
             blocks = range(block_id, block_id + 1)
-            return self._in_place_steps(pasts, hidden.transpose(1, 0, 2), attention_mask, position_ids, blocks)
+            turned = hidden.transpose(1, 0, 2)
+            return self._in_place_steps(pasts, turned, attention_mask, position_ids, blocks=blocks)
         hidden, pasts[block_id] = self.block(block_id, hidden, attention_mask, position_ids, pasts[block_id])
         return hidden
 
+    def forward_slots(
+        self,
+        cache: SlotCache,
+        input_ids: Array,
+        attention_mask: Array,
+        position_ids: Array,
+        write_indices: Array,
+        first_slot: int = 0,
+    ) -> Array:
+        """`forward` for rows that lie in slots of their own, each as long as it is; hidden states [seq, batch, hidden].
+
+        write_indices: int64 [batch], the place of each row's first new token. first_slot: of the first row. Raises
+        BundleError; TypeError in a session of another flavor than ort.
+        """
+        self._reserve(cache, attention_mask.shape[-1])
+        embedded = self._embed(input_ids)
+        return self._in_place_steps(cache, embedded, attention_mask, position_ids, write_indices, first_slot)
+
+    def _reserve(self, cache: SlotCache, length: int) -> None:
+        """Plan for a cache as large as `length` places make it; it does not shrink."""
+        self._pool.reserve(self.held_kv_bytes(cache.slots, max(length, cache.capacity)))
+
+    def held_kv_bytes(self, batch: int, length: int) -> int:
+        """`kv_bytes` with the room to grow that a cache of the session's flavor has."""
+        return self.kv_bytes(batch, length if self._in_place is None else capacity_for(length))
+
     def _in_place_steps(
-        self, cache: SlotCache, hidden: Array, mask: Array, positions: Array, blocks: range | None = None
+        self,
+        cache: SlotCache,
+        hidden: Array,
+        mask: Array,
+        positions: Array,
+        write_indices: Array | None = None,
+        first_slot: int = 0,
+        blocks: range | None = None,
     ) -> Array:
         """Hidden states [batch, seq, hidden] through blocks that write into the cache; [seq, batch, hidden]."""
         if self._in_place is None:
             raise TypeError("a cache that is written into goes with a session of the flavor ort")
         batch, seq, _ = hidden.shape
-        indices = np.full(batch, mask.shape[-1] - seq, np.int64)
-        found = self._in_place.run(cache, hidden, mask, positions, indices, blocks=blocks)
+        indices = np.full(batch, mask.shape[-1] - seq, np.int64) if write_indices is None else write_indices
+        found = self._in_place.run(cache, hidden, mask, positions, indices, first_slot=first_slot, blocks=blocks)
         return found.transpose(1, 0, 2).copy()  # the next call overwrites what it is a view of
 
     def empty_pasts(self, batch: int) -> Pasts:

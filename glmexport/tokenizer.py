@@ -128,6 +128,17 @@ class Tokenizer:
         """
         return self._name(int(self.vocabulary.to_old(np.array(new_id))))
 
+    def token_bytes(self, new_id: int) -> bytes:
+        """UTF-8 of what a row writes by itself, wherever it stands; of rows without a text, what they are called.
+
+        ValueError where there is no such row.
+        """
+        name = self.piece(new_id)
+        piece_id = self._id_of.get(name)
+        if piece_id is not None and self._processor.IsByte(piece_id):
+            return bytes.fromhex(name[3:5])
+        return _restore(name.replace(_SPACE, " ")).encode()
+
     def vocabulary_lines(self) -> list[str]:
         """`piece` of every row in the order of the new ids, in which `<0x0A>` and `<0x0D>` stand for line breaks."""
         names = map(self._name, self.vocabulary.old_ids().tolist())

@@ -15,16 +15,11 @@ import pytest
 import torch
 from checkpoints import write_checkpoint
 
-from glmexport import graph_pool
-
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN_CHECKPOINT = ROOT / "examples" / "chatglm-6b-tiny"
 GOLDEN_DATA = ROOT / "tests" / "data" / "chatglm-6b-tiny"
 
 torch.set_num_threads(1)  # the models are tiny, and workers share the cores
-
-# Commands run in this process too, beside sessions with threads of their own, which onnxruntime then opens no more.
-graph_pool.share_threads = lambda threads: None
 
 
 @pytest.fixture(scope="session")

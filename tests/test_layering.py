@@ -13,21 +13,23 @@ ROOT = Path(__file__).resolve().parent.parent
 LAYERS = (
     (
         *("ahead", "builtins_lock", "chat", "direct_file", "errors", "export_ops", "machine", "mnn.process"),
-        *("mnn_llm.engine_worker", "names", "sentencepiece_model", "tools", "verify.measures", "verify.report"),
-        *("verify.tolerances", "vocabulary"),
+        *("mnn_llm.engine_worker", "names", "sentencepiece_model", "serve.protocol", "serve.settings"),
+        *("serve.web_page", "thread_pool", "tools", "verify.measures", "verify.report", "verify.tolerances"),
+        *("vocabulary",),
     ),
     (
         *("affine", "compiled", "config", "hub", "mnn.converter", "mnn.module", "mnn_llm.engine"),
-        *("mnn_llm.sentencepiece_facts", "onnx_files", "plotting", "sampling", "sizes", "untrusted"),
+        *("mnn_llm.sentencepiece_facts", "onnx_files", "plotting", "sampling", "serve.client", "sizes", "untrusted"),
     ),
     (
         *("interface", "mnn.matrix", "mnn_llm.tokenizer_file", "models.chatglm_6b", "passes.wide_activations"),
-        *("patch", "placement", "prompt", "quantize_kernels", "recipe", "slot_cache", "tensors", "tokenizer"),
-        *("verify.matrices", "weight_files"),
+        *("patch", "placement", "prompt", "quantize_kernels", "recipe", "serve.defaults", "serve.durations"),
+        *("serve.model_names", "serve.modelfile", "slot_cache", "tensors", "tokenizer", "verify.matrices"),
+        *("weight_files",),
     ),
     (
         *("form", "graph_lint", "graphs", "mnn.file", "mnn.rounding", "mnn_llm.chat_template", "mnn_llm.net"),
-        *("patches", "quantized_rows", "trace", "verify.cases", "weights"),
+        *("patches", "quantized_rows", "serve.prompts", "trace", "verify.cases", "weights"),
     ),
     (
         *("bundle", "checkpoint", "equivalence", "mnn.vectors", "mnn_llm.engine_config", "mnn_llm.engine_graph"),
@@ -35,7 +37,7 @@ LAYERS = (
     ),
     (
         *("bundle_tokenizer", "inventory", "journal", "mnn.session", "mnn_llm.weight_writer", "quantize_report"),
-        *("stored", "verify.forms", "verify.reference"),
+        *("serve.store", "stored", "verify.forms", "verify.reference"),
     ),
     (
         *("bundle_writer", "convert.plain_graph", "doctor", "draft", "embedding_rows", "graph_pool"),
@@ -55,14 +57,34 @@ LAYERS = (
     ),
     (
         *("api", "bench", "conversation", "evaluation", "mnn_llm.check", "mnn_llm.inputs", "mnn_llm.position_probe"),
-        *("passes.choose_bits", "verify.expected"),
+        *("passes.choose_bits", "serve.rows", "verify.expected"),
     ),
-    (*("convert.mnn", "mnn_llm.package", "verify.check"),),
-    (*("verify",),),
+    (*("convert.mnn", "mnn_llm.package", "serve.row", "serve.throughput", "verify.check"),),
+    (*("serve.engine", "serve.logprobs", "verify"),),
+    (*("serve.loading", "serve.metrics"),),
+    (*("serve.models",),),
+    (*("serve.context", "serve.replies"),),
+    (*("serve.asking", "serve.guard", "serve.ollama_models", "serve.openai_forms", "serve.server"),),
+    (*("serve.ollama", "serve.openai", "serve.operations"),),
+    (*("serve.app",),),
     ("cli.interrupt",),
     ("cli.output",),
-    ("cli.derived", "cli.doctor", "cli.pass_options", "cli.run_options", "cli.inspect", "cli.package", "cli.patches"),
+    ("cli.model_options",),
     (
+        *(
+            "cli.derived",
+            "cli.doctor",
+            "cli.pass_options",
+            "cli.run_options",
+            "cli.inspect",
+            "cli.package",
+            "cli.patches",
+        ),
+        *("cli.cached_bundle", "cli.serve_options"),
+    ),
+    ("cli.talk",),
+    (
+        "cli.bench",
         "cli.chat",
         "cli.convert",
         "cli.embed",
@@ -72,6 +94,8 @@ LAYERS = (
         "cli.slim",
         "cli.tokenize",
         "cli.verify",
+        *("cli.cp", "cli.create", "cli.list_models", "cli.ps", "cli.rm", "cli.run_model", "cli.serve", "cli.show"),
+        "cli.stop",
     ),
     ("cli.split",),
     ("cli.main",),
@@ -86,6 +110,7 @@ FREE = (
     "convert",
     "mnn",
     "mnn_llm",
+    "serve",
 )  # a docstring and the version at most; anybody may import them
 LAYER_OF = {name: number for number, layer in enumerate(LAYERS) for name in layer}
 PATCHES_MAY = ("config", "errors", "export_ops", "interface", "names", "onnx_files", "patch", "models.chatglm_6b")
@@ -105,6 +130,16 @@ WITHOUT_TORCH = (
     *("convert.mnn", "convert.mnn_check", "convert.mnn_plan", "cli.convert"),
     *("mnn.converter", "mnn.file", "mnn.matrix", "mnn.module", "mnn.process", "mnn.rounding", "mnn.session"),
     "mnn.vectors",
+    *(
+        "serve.rows",
+        "serve.row",
+        "serve.engine",
+        "serve.store",
+        "serve.models",
+        "serve.app",
+        "serve.server",
+        "cli.serve",
+    ),
     *("api", "doctor", "machine", "cli.generate", "cli.chat", "cli.doctor", "cli.evaluate", "cli.tokenize"),
 )
 FILES = sorted([*ROOT.glob("glmexport/**/*.py"), *ROOT.glob("patches/*.py")])

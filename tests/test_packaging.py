@@ -34,6 +34,14 @@ def test_every_package_on_disk_is_shipped_and_no_other(project):
         assert (folder / "__init__.py").is_file()
 
 
+def test_every_file_of_the_web_page_is_shipped(project):
+    [(package, patterns)] = project["tool"]["setuptools"]["package-data"].items()
+    folder = ROOT.joinpath(*package.split("."))
+    shipped = {path for pattern in patterns for path in folder.glob(pattern) if path.is_file()}
+    assert folder / "page" / "index.html" in shipped
+    assert shipped == {path for path in folder.rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")}
+
+
 def test_the_console_script_exists(project):
     module, _, function = project["project"]["scripts"]["glmexport"].partition(":")
     assert callable(getattr(importlib.import_module(module), function))
@@ -54,7 +62,7 @@ def test_patches_lie_where_the_project_says():
 
 def test_what_the_code_imports_is_declared(project):
     optional = project["project"]["optional-dependencies"]
-    extras = [*optional["plot"], *optional["mnn"]]
+    extras = [*optional["plot"], *optional["mnn"], *optional["serve"]]
     declared = {
         re.match(r"[\w-]+", line).group().replace("-", "_") for line in [*project["project"]["dependencies"], *extras]
     }

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from transformers import (
     LogitsProcessorList,
+    MinPLogitsWarper,
     RepetitionPenaltyLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
@@ -20,7 +21,17 @@ from transformers import (
 
 from glmexport.errors import GlmExportError
 from glmexport.models.chatglm_6b import ChatGLMForConditionalGeneration
-from glmexport.sampling import Sampler, Sampling, force_finite, log_softmax, penalise, softmax, top_k_of, top_p_of
+from glmexport.sampling import (
+    Sampler,
+    Sampling,
+    force_finite,
+    log_softmax,
+    min_p_of,
+    penalise,
+    softmax,
+    top_k_of,
+    top_p_of,
+)
 
 FORCED = 5
 
@@ -377,3 +388,71 @@ def test_a_value_that_is_none_gives_a_sentence(options, words):
         Sampling(**options)
     for word in words:
         assert word in str(caught.value)
+
+
+# What servers add: min-p, subtracted penalties, a window, biases
+
+
+@settings(max_examples=200)
+@given(scores=scores_of(width=64), min_p=st.floats(0.001, 1.0))
+def test_min_p_keeps_what_transformers_keeps(scores, min_p):
+    kept = np.sort(min_p_of(scores, np.arange(len(scores)), min_p))
+    theirs = by_transformers(scores, MinPLogitsWarper(min_p))
+    ours = np.isin(np.arange(len(scores)), kept)
+    borderline = np.isclose(scores, scores.max() + np.log(min_p), rtol=1e-9, atol=1e-9)
+    assert ((ours == np.isfinite(theirs)) | borderline).all()
+    assert scores.argmax() in kept or scores.max() in scores[kept]
+
+
+def test_penalties_that_are_subtracted_count_the_answers_tokens():
+    logits = np.zeros(4, np.float32)
+    sampler = Sampler(Sampling(presence_penalty=0.5, frequency_penalty=0.25), [0, 0, 1], 3)
+    sampler._random = recorder = Recorder()
+    for token in (2, 2, 1):
+        sampler.follow(token)
+    sampler.choose(logits)
+    expected = softmax(np.array([0, -0.75, -1.0, 0]) / 0.95)
+    assert dict(zip(recorder.ids.tolist(), recorder.probabilities, strict=True)) == pytest.approx(
+        {token: expected[token] / expected[recorder.ids].sum() for token in recorder.ids.tolist()}
+    )
+
+
+@pytest.mark.parametrize(
+    ("window", "penalised"), [(None, {0, 1, 2}), (0, set()), (1, {2}), (2, {1, 2}), (99, {0, 1, 2})]
+)
+def test_a_window_of_the_latest_tokens(window, penalised):
+    sampling = Sampling(greedy=True, repetition_penalty=4.0, repeat_last_n=window)
+    found = set()
+    for token in range(3):
+        logits = np.full(4, 0.1, np.float32)
+        logits[token], logits[3] = 2.0, 1.0
+        sampler = Sampler(sampling, [0, 1], 3)
+        sampler.follow(2)
+        found |= {token} if sampler.choose(logits) == 3 else set()
+    assert found == penalised
+
+
+def test_a_bias_is_added_before_anything_else():
+    logits = np.array([5, 0, 0], np.float32)
+    assert Sampler(Sampling(greedy=True, logit_bias=((2, 6.0),)), [], 0).choose(logits) == 2
+    assert not Sampling(greedy=True, logit_bias=((2, 6.0),)).is_argmax
+    assert Sampling(greedy=True).is_argmax
+    assert not Sampling(greedy=True, presence_penalty=0.1).is_argmax
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"min_p": -0.1},
+        {"min_p": math.nan},
+        {"presence_penalty": 2.1},
+        {"frequency_penalty": math.inf},
+        {"repeat_last_n": -1},
+        {"logit_bias": ((1, 101.0),)},
+        {"logit_bias": ((1, math.nan),)},
+    ],
+)
+def test_values_of_those_that_are_none_give_a_sentence(options):
+    with pytest.raises(GlmExportError, match="found") as error:
+        Sampling(**options)
+    assert str(error.value).endswith(".")

@@ -13,6 +13,7 @@ import click
 from glmexport import __version__
 from glmexport.cli import interrupt
 from glmexport.errors import GlmExportError, means_no_memory, printable
+from glmexport.thread_pool import run_alone
 
 INTERRUPTED = 130
 
@@ -27,6 +28,15 @@ COMMANDS = {
     "bench": ("glmexport.cli.bench", "Measure speed and memory beside what the computer's memory allows."),
     "generate": ("glmexport.cli.generate", "Continue a prompt with a bundle."),
     "chat": ("glmexport.cli.chat", "Chat with a bundle in the terminal."),
+    "serve": ("glmexport.cli.serve", "Answer the APIs of Ollama and OpenAI with bundles."),
+    "run": ("glmexport.cli.run_model", "Chat with a model, a bundle, a checkpoint or a hub id, in one line."),
+    "create": ("glmexport.cli.create", "Name a bundle with a Modelfile, to be served and run."),
+    "list": ("glmexport.cli.list_models", "List the models."),
+    "show": ("glmexport.cli.show", "Show what a model is made of."),
+    "ps": ("glmexport.cli.ps", "List the models that the running server has in memory."),
+    "stop": ("glmexport.cli.stop", "Have the running server take a model out of memory."),
+    "cp": ("glmexport.cli.cp", "Give a model another name too."),
+    "rm": ("glmexport.cli.rm", "Forget models; their bundles stay."),
     "eval": ("glmexport.cli.evaluate", "Exact answers and perplexity of bundles over a file of examples."),
     "tokenize": ("glmexport.cli.tokenize", "Text to a bundle's ids, and back."),
     "inspect": ("glmexport.cli.inspect", "Show what a bundle or checkpoint holds."),
@@ -34,6 +44,9 @@ COMMANDS = {
     "patches": ("glmexport.cli.patches", "List supported architectures and their transforms."),
 }
 """Command -> (module with a click command named `command`, one line of help)."""
+
+ALONE = ("bench", "generate", "chat", "eval", "serve")
+"""Commands that run graphs and nothing else, with one pool of threads for all."""
 
 
 class LazyGroup(click.Group):
@@ -71,6 +84,13 @@ def cli() -> None:
 
     Exit status: 0 done, 1 a verification or check failed, 2 bad input (one sentence says what), 130 stopped by Ctrl-C.
     """
+
+
+def main() -> None:
+    """The program: `run` in a process of its own."""
+    if sys.argv[1:2] and sys.argv[1] in ALONE:
+        run_alone()
+    run()
 
 
 def run() -> None:

@@ -146,7 +146,6 @@ def open_session(bundle: Path, options: Mapping[str, Any], *, quiet: bool) -> Se
         providers=providers,
         gpu_memory=gpu,
         flavor=options["flavor"],
-        share_threads=True,
     )
     placement, notify = session.placement, output.notifier(quiet)
     if placement.raised and placement.limit is not None:

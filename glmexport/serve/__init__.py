@@ -1,0 +1,1 @@
+"""HTTP over bundles: the APIs of Ollama and OpenAI, several answers computed at once."""
