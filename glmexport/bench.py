@@ -164,7 +164,7 @@ def progress_total(options: BenchOptions) -> int:
 def _plan(session: Session, options: BenchOptions) -> Iterator[tuple[str, int, int, int]]:
     """(kind, batch, past, length) of every row that the model has positions for."""
     most = session.config.max_positions
-    yield from ((PREFILL, 1, 0, length) for length in options.lengths if 2 < length <= most)
+    yield from ((PREFILL, 1, 0, length) for length in options.lengths if 2 <= length < most)
     for batch in options.batches:
         yield from ((DECODE, batch, past, 1) for past in options.pasts if past < most)
 

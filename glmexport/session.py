@@ -159,11 +159,10 @@ class Session:
         [batch, 2, seq]; pasts: one KV cache a block, as `empty_pasts` gives and earlier calls grew. Raises BundleError.
         """
         batch, total = input_ids.shape[0], attention_mask.shape[-1]
-        if isinstance(pasts, SlotCache):  # which does not shrink
-            batch, total = pasts.slots, max(total, pasts.capacity)
-        self._pool.reserve(self.held_kv_bytes(batch, total))
         if isinstance(pasts, SlotCache):
+            self._reserve(pasts, total)
             return self._in_place_steps(pasts, self._embed(input_ids), attention_mask, position_ids)
+        self._pool.reserve(self.held_kv_bytes(batch, total))
         hidden = self.embed(input_ids)
         for block_id in range(self.config.num_blocks):
             hidden = self.step(block_id, hidden, attention_mask, position_ids, pasts)
@@ -192,9 +191,13 @@ class Session:
         write_indices: int64 [batch], the place of each row's first new token. first_slot: of the first row. Raises
         BundleError; TypeError in a session of another flavor than ort.
         """
-        self._pool.reserve(cache.nbytes)
+        self._reserve(cache, attention_mask.shape[-1])
         embedded = self._embed(input_ids)
         return self._in_place_steps(cache, embedded, attention_mask, position_ids, write_indices, first_slot)
+
+    def _reserve(self, cache: SlotCache, length: int) -> None:
+        """Plan for a cache as large as `length` places make it; it does not shrink."""
+        self._pool.reserve(self.held_kv_bytes(cache.slots, max(length, cache.capacity)))
 
     def held_kv_bytes(self, batch: int, length: int) -> int:
         """`kv_bytes` with the room to grow that a cache of the session's flavor has."""

@@ -418,6 +418,32 @@ def test_a_cache_made_where_another_lay_is_not_taken_for_it(sessions):
         assert all(map(np.array_equal, prompt_steps(fast, [prompt], 2)[1], first))
 
 
+def test_rows_in_slots_of_their_own_take_one_step_together(sessions):
+    """Each prompt alone into its slot, then all decode at their own lengths: what each gives alone."""
+    fast, portable = sessions
+    config = fast.config
+    prompts = [prepare_prompt([words(config, length, length)], config.special_ids) for length in (9, 62, 4)]
+    expected = [prompt_steps(portable, [words(config, length, length)], 6)[0] for length in (9, 62, 4)]
+    cache, found = SlotCache(config, 4), list[list[int]]()
+    for slot, prompt in enumerate(prompts):
+        given = (prompt.input_ids, prompt.attention_mask, prompt.position_ids, np.zeros(1, np.int64))
+        hidden = fast.forward_slots(cache, *given, first_slot=slot + 1)
+        found.append(fast.head(hidden)[names.LOGITS].argmax(-1).tolist())
+    assert not cache.keys[0][0].any(), "the slot in front is nobody's"
+    lengths = np.array([prompt.input_ids.shape[1] for prompt in prompts])
+    for step in range(6):
+        ends = lengths + step
+        mask = (np.arange(ends.max() + 1) > ends[:, None])[:, None, None]
+        positions = np.concatenate([prompt.decode_step(step)[1] for prompt in prompts])
+        tokens = np.array([row[-1:] for row in found])
+        logits = fast.head(fast.forward_slots(cache, tokens, mask, positions, ends, first_slot=1))[names.LOGITS]
+        for row, token in zip(found, logits.argmax(-1).tolist(), strict=True):
+            row.append(token)
+    assert found == [[token for (token,) in row] for row in expected]
+    assert cache.capacity == 128
+    assert not cache.keys[0][0].any()
+
+
 def test_parts_of_a_session_have_the_shapes_of_the_portable_flavor(sessions):
     config, random = sessions[0].config, np.random.default_rng(3)
     ids = np.array([[50, 60, 70], [80, 90, 100]])
@@ -585,7 +611,7 @@ def test_a_file_that_went_away_is_told(both, tmp_path, name):
 # Threads
 
 
-ALONE = """
+TOGETHER = """
 import json, sys
 import onnxruntime
 from glmexport import Session
@@ -607,7 +633,7 @@ def answer(**options):
 answers = [answer(threads=2), answer(threads=1), answer()]
 plain()  # whoever else uses onnxruntime in this process goes on
 run_alone()
-answers += [answer(threads=2), answer(threads=3), answer(threads=1), answer()]
+answers += [answer(threads=2), answer(threads=3), answer()]
 try:
     plain()
 except RuntimeError:
@@ -616,15 +642,24 @@ print(json.dumps(answers))
 """
 
 
-def test_sessions_share_threads_where_nothing_else_computes_and_nowhere_else(both):
-    """The process has one pool then, whose size the first to ask decides; every session after that has to use it."""
-    command = [sys.executable, "-c", ALONE, str(both), str(both / "lm.onnx")]
+def test_graphs_share_threads_in_a_process_of_their_own_and_nowhere_else(both):
+    """There is one pool, whose size the first to ask decides; every session after that has to use it."""
+    command = [sys.executable, "-c", TOGETHER, str(both), str(both / "lm.onnx")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     *answers, last = json.loads(done.stdout)
-    assert len(answers) == 7
+    assert len(answers) == 6
     assert all(answer == answers[0] for answer in answers)
-    assert last == "refused", "if onnxruntime opens it, sessions can share threads in every process"
+    assert last == "refused", "if onnxruntime opens it, all processes can have one pool"
+
+
+def test_sessions_here_leave_others_alone(both, sessions):
+    """In one process with plain sessions of onnxruntime, and with as many threads as each is given."""
+    expected = prompt_steps(sessions[0], [words(sessions[0].config, 30)], 3)[0]
+    for threads in (2, 3, None):
+        with Session(both, threads=threads) as session:
+            assert prompt_steps(session, [words(session.config, 30)], 3)[0] == expected
+    onnxruntime.InferenceSession(both / "lm.onnx", providers=["CPUExecutionProvider"], enable_fallback=False)
 
 
 @pytest.mark.parametrize("threads", ["1", "3"])
