@@ -222,7 +222,7 @@ def test_run_a_hub_id_from_the_cache(monkeypatch, tmp_path, home):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     done = glmexport("run", "zai-org/chatglm-6b", "12+34=", "-q")
     assert done.status == 0, done.stderr
-    assert [path.name for path in (home / "bundles").iterdir()] == ["zai-org--chatglm-6b-slim-bf16-int4"]
+    assert [path.name for path in (home / "bundles").iterdir()] == ["zai-org--chatglm-6b-slim-bf16-int4-ort"]
 
 
 def test_run_nothing():

@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
+from glmexport import names
 from glmexport.cli import model_options, output
 from glmexport.errors import GlmExportError
 from glmexport.serve.modelfile import Modelfile
 
-FORM = "slim-bf16-int4"
-"""What is made of a checkpoint: the smallest form, which answers as well as the others (see the README)."""
+FORM = "slim-bf16-int4-ort"
+"""What is made of a checkpoint: the smallest form, which answers as well as the others (see the README), and the
+quickest graphs."""
 
 
 def model_of(given: str, revision: str | None, *, quiet: bool) -> tuple[Path, Modelfile]:
@@ -63,7 +65,7 @@ def _made_once(checkpoint: str | Path, name: str, revision: str | None, *, quiet
     notice(f"The int4 bundle of {checkpoint} is made once, in {directory}.")
     with open_checkpoint(checkpoint, revision) as source:
         passes = passes_of(True, "bf16", "int4", DEFAULT_GROUP_SIZE, FLOAT32, source.config.num_blocks)
-        options = SplitOptions(passes=passes)
+        options = SplitOptions(passes=passes, flavor=names.ORT)
         with output.progress(quiet, plan_split(source, options).disk, "of the bundle") as advance:
             split(source, directory, options, notice=notice, advance=advance)
     return directory
