@@ -168,7 +168,8 @@ def model_of_part(
     """A function that traces (once for each kind of graph) and gives the graph of a part without its weights."""
 
     def make() -> onnx.ModelProto:
-        return stamped_graph(part, skeleton_for(patch, config, part.spec.kind, argmax, opset, dtype, flavor))
+        given = argmax if part.spec.kind == names.KIND_HEAD else "none"  # which the others are the same for
+        return stamped_graph(part, skeleton_for(patch, config, part.spec.kind, given, opset, dtype, flavor))
 
     return make
 

@@ -45,7 +45,7 @@ FORMS = {
     "slim raw": (SlimPass(), BF16),
     "all": (SlimPass(), quantize_pass(4, 64), SHARE),
 }
-LONG = {"int8", "slim raw"}
+LONG = {"int4", "int8", "slim raw"}
 """Forms that others contain."""
 
 
