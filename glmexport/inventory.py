@@ -62,6 +62,8 @@ def form_in_words(bundle: Bundle) -> str:
         bits = {record["bits"] for entry in bundle.graphs for record in entry["matrices"].values()}
         kinds = [f"{'int' if count < 16 else 'float'}{count}" for count in sorted(bits)]
         words.append(f"{' and '.join(kinds)} for MNN {bundle.manifest['mnn']['version']}")
+    if form.flavors != (names.PORTABLE,):
+        words = [*(words or ["float32"]), f"{' and '.join(form.flavors)} graphs"]
     return ", ".join(words) or "float32"
 
 

@@ -116,7 +116,9 @@ class Session:
         self._pool.open_resident(advance)
 
     def release(self) -> None:
-        """Close the streamed graphs that are open, for memory that something else needs meanwhile."""
+        """Let go of streamed graphs that are open, and of a cache that was written into, for memory needed elsewhere."""
+        if self._in_place is not None:
+            self._in_place.forget()
         self._pool.release()
 
     @property

@@ -491,8 +491,10 @@ def test_patches_are_listed():
     assert [entry["name"] for entry in document] == [patch.name for patch in all_patches()]
     for patch, entry in zip(all_patches(), document, strict=True):
         assert patch.title in result.stdout
-        listed = {line.split()[0]: line for line in result.stdout.splitlines() if line.startswith("  ")}
-        assert list(listed) == [transform.name for transform in patch.transforms], "a line each, in order"
-        for transform, shown in zip(patch.transforms, entry["transforms"], strict=True):
-            assert transform.summary in listed[transform.name]
-            assert shown == {"name": transform.name, "summary": transform.summary}
+        listed = [line.strip() for line in result.stdout.splitlines() if line.startswith("  ")]
+        transforms = (*patch.transforms, *patch.in_place_transforms)
+        assert [line.split()[0] for line in listed] == [transform.name for transform in transforms], "a line each"
+        shown = (*entry["transforms"], *entry["in_place_transforms"])
+        for transform, line, said in zip(transforms, listed, shown, strict=True):
+            assert transform.summary in line
+            assert said == {"name": transform.name, "summary": transform.summary}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import click
 
+from glmexport import names
 from glmexport.cli import output
 
 
@@ -25,9 +26,13 @@ def command(as_json: bool, quiet: bool) -> None:
             {
                 "name": patch.name,
                 "title": patch.title,
-                "transforms": [
-                    {"name": transform.name, "summary": transform.summary} for transform in patch.transforms
-                ],
+                **{
+                    key: [{"name": transform.name, "summary": transform.summary} for transform in transforms]
+                    for key, transforms in (
+                        ("transforms", patch.transforms),
+                        ("in_place_transforms", patch.in_place_transforms),
+                    )
+                },
             }
             for patch in patches
         ]
@@ -36,7 +41,9 @@ def command(as_json: bool, quiet: bool) -> None:
     console = output.console()
     for patch in patches:
         console.print(f"[bold]{patch.name}[/]  {patch.title}", markup=True)
-        listing = output.table("transform", "what it replaces")
-        for transform in patch.transforms:
-            listing.add_row(f"  {transform.name}", transform.summary.replace("[", r"\["))
-        console.print(listing)
+        for flavor, transforms in ((names.PORTABLE, patch.transforms), (names.ORT, patch.in_place_transforms)):
+            listing = output.table(f"transform for {flavor} graphs", "what it replaces")
+            for transform in transforms:
+                listing.add_row(f"  {transform.name}", transform.summary.replace("[", r"\["))
+            if transforms:
+                console.print(listing)
