@@ -116,7 +116,7 @@ class Session:
         self._pool.open_resident(advance)
 
     def release(self) -> None:
-        """Let go of streamed graphs that are open, and of a cache that was written into, for memory needed elsewhere."""
+        """Let go of the streamed graphs that are open and of a cache in use, for memory that something else needs."""
         if self._in_place is not None:
             self._in_place.forget()
         self._pool.release()
