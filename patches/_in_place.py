@@ -8,20 +8,14 @@ from torch import nn
 from glmexport.export_ops import attend, merge_heads, split_heads, write_cache
 from glmexport.models.chatglm_6b import MLP, SelfAttention
 
+from ._rope import AngleRotary2D
+
 InPlaceCache = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 """write_indices int64 [batch]; key and value cache [batch, heads, capacity, head_dim]."""
 
 
-class BatchFirstRotary2D(nn.Module):
+class BatchFirstRotary2D(AngleRotary2D):
     """`AngleRotary2D` for [batch, heads, seq, head_dim]; what is negated is the sine, which all heads share."""
-
-    inv_freq: torch.Tensor
-
-    def __init__(self, inv_freq: torch.Tensor) -> None:
-        """inv_freq: float32 [head_dim / 4]."""
-        super().__init__()
-        self.quarter = inv_freq.shape[0]
-        self.register_buffer("inv_freq", inv_freq, persistent=False)
 
     def forward(
         self, query: torch.Tensor, key: torch.Tensor, position_ids: torch.Tensor
