@@ -171,21 +171,19 @@ def _plan(session: Session, options: BenchOptions) -> Iterator[tuple[str, int, i
         yield from ((DECODE, batch, past, 1) for past in options.pasts if past < most)
 
 
-def _runs(session: Session, batch: int, past: int, length: int) -> Callable[[], None]:
+def _runs(session: Session, batch: int, past: int, length: int) -> Callable[[], object]:
     """A function that feeds `length` tokens a row after `past` places."""
     if past == 0:
         prompt = sample_prompt(session.config, length)
-        return lambda: _drop(Decoder(session, [prompt] * batch).prefill())
-    filled, tokens = (
-        filled_cache(session, batch, past),
-        np.array([sample_prompt(session.config, 3)[:1]] * batch, np.int64),
-    )
+        return lambda: Decoder(session, [prompt] * batch).prefill()
+    filled = filled_cache(session, batch, past)
+    tokens = np.full((batch, 1), sample_prompt(session.config, 3)[0], np.int64)
     mask = np.zeros((batch, 1, 1, past + 1), np.bool_)
     positions = np.full((batch, 2, 1), past // 2, np.int64)
 
-    def decode() -> None:
+    def decode() -> object:
         kept: Pasts = filled if isinstance(filled, SlotCache) else [*filled]  # the same places are written each time
-        _drop(session.head(session.forward(tokens, mask, positions, kept)))
+        return session.head(session.forward(tokens, mask, positions, kept))
 
     return decode
 
@@ -205,7 +203,7 @@ def filled_cache(session: Session, batch: int, length: int) -> Pasts:
     return [np.broadcast_to(turned, shape).copy() for _ in range(config.num_blocks)]
 
 
-def _median(run: Callable[[], None]) -> float:
+def _median(run: Callable[[], object]) -> float:
     """Seconds of a run, after one that does not count."""
     if _timed(run) > LONG_SECONDS:
         return _timed(run)
@@ -215,14 +213,10 @@ def _median(run: Callable[[], None]) -> float:
     return statistics.median(times)
 
 
-def _timed(run: Callable[[], None]) -> float:
+def _timed(run: Callable[[], object]) -> float:
     begun = time.perf_counter()
     run()
     return time.perf_counter() - begun
-
-
-def _drop(outputs: Any) -> None:
-    """What was computed is of no use."""
 
 
 def _start_apart(bundle: Path, options: BenchOptions) -> Start:
@@ -250,7 +244,7 @@ def start_here() -> None:
         with Session(request["bundle"], flavor=request["flavor"], threads=request["threads"]) as session:
             session.load()
             loaded = time.time() - begun
-            _drop(Decoder(session, [sample_prompt(session.config, FIRST_PROMPT)]).prefill())
+            Decoder(session, [sample_prompt(session.config, FIRST_PROMPT)]).prefill()
             first = time.time() - begun
             past = min(HISTORY, session.config.max_positions - 1)
             _runs(session, 1, past, 1)()

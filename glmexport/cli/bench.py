@@ -63,6 +63,8 @@ def command(
       glmexport bench fast/ --json bench.json --plot bench.png
       glmexport bench fast/ --serve
     """
+    if json_file not in (None, "-"):
+        output.demand_writable(Path(str(json_file)), apart_from=bundle)
     if serve:
         _show_throughput(bundle, batches, flavor, threads, json_file)
         return
@@ -72,8 +74,6 @@ def command(
     if plot is not None:
         demand_matplotlib()
         output.demand_writable(plot, apart_from=bundle, suffix=".png")
-    if json_file not in (None, "-"):
-        output.demand_writable(Path(str(json_file)), apart_from=bundle)
     options = BenchOptions(pasts, batches, lengths, flavor, threads)
     with output.progress(quiet, progress_total(options), "measured") as advance:
         report = bench(bundle, options, advance)

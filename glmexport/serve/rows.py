@@ -71,7 +71,7 @@ class InPlaceRows:
     def __init__(self, session: Session, slots: int, max_length: int | None = None) -> None:
         self.slots, self.max_length = slots, _checked(session, slots, max_length)
         self._session, self.config = session, session.config
-        self._cache = SlotCache(session.config, slots, session.bundle.form.dtype)
+        self._cache = self._empty()
         self._rows: dict[int, _SlotRow] = {}
 
     @property
@@ -127,12 +127,15 @@ class InPlaceRows:
         """As `RowRunner.free`."""
         self._rows.pop(slot, None)
         if not self._rows and self._cache.capacity:
-            self._cache = SlotCache(self._session.config, self.slots, self._session.bundle.form.dtype)
+            self._cache = self._empty()
 
     def close(self) -> None:
         """Close the session."""
         self._rows.clear()
         self._session.close()
+
+    def _empty(self) -> SlotCache:
+        return SlotCache(self.config, self.slots, self._session.bundle.form.dtype)
 
 
 @dataclass(eq=False)
