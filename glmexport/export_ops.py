@@ -68,11 +68,13 @@ def _(cache: torch.Tensor, new: torch.Tensor, write_indices: torch.Tensor) -> to
 
 @library.custom_op(f"{NAMESPACE}::attend", mutates_args=())
 def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
-    """Scaled attention: [batch, heads, seq, width] over [batch, heads, total, width]; a row that sees nothing gives 0.
+    """softmax(query·key)·value: [batch, heads, seq, width] over [batch, heads, total, width]; 0 where nothing is seen.
 
-    visible: bool [batch, 1, seq, total], True takes part. In a graph it is Attention.
+    visible: bool [batch, 1, seq, total], True takes part. In a graph it is Attention with a scale of 1, as only then
+    onnxruntime 1.31 multiplies a single row by the keys where they lie (`MlasGemm` with alpha 1) and does not pack them
+    first: callers scale the query.
     """
-    scores = query @ key.transpose(-1, -2) / query.shape[-1] ** 0.5
+    scores = query @ key.transpose(-1, -2)
     weights = scores.masked_fill(~visible, float("-inf")).softmax(-1)
     return torch.nan_to_num(weights, nan=0.0) @ value
 
@@ -105,7 +107,7 @@ def dynamo_translations() -> dict[Any, Any]:
         return op24.TensorScatter(cache, new, write_indices, axis=-2)
 
     def onnx_attend(query, key, value, visible):  # type: ignore[no-untyped-def]  # onnxscript's own typing
-        attended, _key, _value, _scores = op24.Attention(query, key, value, visible)
+        attended, _key, _value, _scores = op24.Attention(query, key, value, visible, scale=1.0)
         return attended
 
     return {

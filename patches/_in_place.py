@@ -56,7 +56,7 @@ class InPlaceAttention(nn.Module):
         query, key, value = torch.split(mixed, self.head_dim, dim=-1)  # each [batch, heads, seq, head_dim]
         query, key = self.rotary_emb(query, key, position_ids)
         keys, values = write_cache(keys, key, write_indices), write_cache(values, value, write_indices)
-        context = attend(query, keys, values, ~attention_mask)
+        context = attend(query * self.head_dim**-0.5, keys, values, ~attention_mask)
         return self.dense(merge_heads(context.transpose(1, 2))), (keys, values)
 
 

@@ -466,7 +466,7 @@ def test_custom_operations_equal_their_plain_forms():
     assert torch.equal(written[1, :, 3:], before[1, :, 3:])
     query = torch.randn(2, 3, 2, 4, generator=generator)
     visible = torch.rand(2, 1, 2, 9, generator=generator) > 0.4
-    expected = nn.functional.scaled_dot_product_attention(query, cache, written, visible)
+    expected = nn.functional.scaled_dot_product_attention(query, cache, written, visible, scale=1.0)
     torch.testing.assert_close(attend(query, cache, written, visible), expected, atol=1e-6, rtol=1e-5)
     visible[0, 0, 1] = False
     assert not attend(query, cache, written, visible)[0, :, 1].any(), "over nothing it gives 0"
