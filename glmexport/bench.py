@@ -39,6 +39,9 @@ HISTORY = 1024
 FIRST_PROMPT = 16
 """Tokens of the prompt whose first token is waited for."""
 
+LEAST_PROMPT = 2
+"""Tokens of a prompt: those that every one ends with."""
+
 DECODE, PREFILL = "decode", "prefill"
 SHARE = 0.7
 """Of the memory that is available beside the graphs, which KV caches may take; portable ones are there thrice."""
@@ -105,7 +108,7 @@ class Start:
 
 @dataclass
 class BenchReport:
-    """All of it. weight_bytes: of the graphs that every token goes through. left_out: what memory is too small for."""
+    """All of it. weight_bytes: of the graphs that every token goes through. left_out: what is not measured, and why."""
 
     bundle: str
     flavor: str
@@ -136,7 +139,7 @@ def bench(bundle: Path, options: BenchOptions, advance: Advance) -> BenchReport:
     with Session(bundle, flavor=options.flavor, threads=options.threads) as session:
         reader = BandwidthReader(options.threads or read_cpu().cores, memory.available)
         weights = sum(size for name, size in session.graph_sizes.items() if name != names.EMBEDDING)
-        report = BenchReport(str(bundle), session.flavor, weights, start)
+        report = BenchReport(str(bundle), session.flavor, weights, start, left_out=[*_impossible(session, options)])
         session.load()
         found, bandwidths = list[tuple[BenchRow, int]](), list[float]()
         for kind, batch, past, length in _plan(session, options):
@@ -146,7 +149,7 @@ def bench(bundle: Path, options: BenchOptions, advance: Advance) -> BenchReport:
             needed = session.held_kv_bytes(batch, past + length) * (1 if session.flavor == names.ORT else 3)
             available = read_memory().available
             if available is not None and needed > SHARE * available:
-                report.left_out.append(f"{what} (a KV cache of {needed / 1e9:.1f} GB)")
+                report.left_out.append(f"{what} (memory is too small for its KV cache of {needed / 1e9:.1f} GB)")
                 continue
             bandwidths.append(reader.read(BANDWIDTH_SECONDS))
             seconds = _median(_runs(session, batch, past, length))
@@ -166,9 +169,20 @@ def progress_total(options: BenchOptions) -> int:
 def _plan(session: Session, options: BenchOptions) -> Iterator[tuple[str, int, int, int]]:
     """(kind, batch, past, length) of every row that the model has positions for."""
     most = session.config.max_positions
-    yield from ((PREFILL, 1, 0, length) for length in options.lengths if 2 <= length < most)
+    yield from ((PREFILL, 1, 0, length) for length in options.lengths if LEAST_PROMPT <= length < most)
     for batch in options.batches:
         yield from ((DECODE, batch, past, 1) for past in options.pasts if past < most)
+
+
+def _impossible(session: Session, options: BenchOptions) -> Iterator[str]:
+    """What was asked for and the model has no positions for."""
+    most = session.config.max_positions
+    lengths = [str(length) for length in options.lengths if not LEAST_PROMPT <= length < most]
+    pasts = [str(past) for past in options.pasts if past >= most]
+    if lengths:
+        yield f"prompts of {', '.join(lengths)} tokens (the model takes {LEAST_PROMPT} to {most - 1})"
+    if pasts:
+        yield f"tokens after {', '.join(pasts)} (the model has {most} positions)"
 
 
 def _runs(session: Session, batch: int, past: int, length: int) -> Callable[[], object]:

@@ -18,6 +18,7 @@ from glmexport.bundle import Bundle
 from glmexport.errors import BundleError, printable, reason_of
 from glmexport.graph_lint import foreign_parts
 from glmexport.interface import graph_spec
+from glmexport.mapped_pages import drop_mapped_pages
 from glmexport.mnn.session import MnnGraph, backend_for
 from glmexport.onnx_files import load_graph
 from glmexport.placement import READ_AHEAD, Placement, graphs_for_gpu, held_on_cpu, place
@@ -104,6 +105,9 @@ class GraphPool:
         for name in kept:
             self.get(name)
             advance(name, self.sizes[name])
+        # onnxruntime has packed these and reads the file no more, but keeps scales mapped: a sixth of int4's bytes
+        entries = (self._bundle.graph(name, self._flavor) for name in self.placement.resident)
+        drop_mapped_pages(self._bundle.path(entry["data"]) for entry in entries if entry["matrices"])
 
     def release(self) -> None:
         """Close what is streamed, as far as it is open; it is opened again when it is needed."""

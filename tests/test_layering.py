@@ -12,8 +12,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 LAYERS = (
     (
-        *("ahead", "builtins_lock", "chat", "direct_file", "errors", "export_ops", "machine", "mnn.process"),
-        *("mnn_llm.engine_worker", "names", "sentencepiece_model", "serve.protocol", "serve.settings"),
+        *("ahead", "builtins_lock", "chat", "direct_file", "errors", "export_ops", "machine", "mapped_pages"),
+        *("mnn.process", "mnn_llm.engine_worker", "names", "sentencepiece_model", "serve.protocol", "serve.settings"),
         *("serve.web_page", "thread_pool", "tools", "verify.measures", "verify.report", "verify.tolerances"),
         *("vocabulary",),
     ),
@@ -127,6 +127,7 @@ WITHOUT_TORCH = (
         "passes.choose_bits",
     ),
     *("bundle_tokenizer", "placement", "graph_pool", "sampling", "generation", "chat", "conversation", "evaluation"),
+    "mapped_pages",
     *("convert.mnn", "convert.mnn_check", "convert.mnn_plan", "cli.convert"),
     *("mnn.converter", "mnn.file", "mnn.matrix", "mnn.module", "mnn.process", "mnn.rounding", "mnn.session"),
     "mnn.vectors",

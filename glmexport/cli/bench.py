@@ -65,6 +65,8 @@ def command(
     """
     if json_file not in (None, "-"):
         output.demand_writable(Path(str(json_file)), apart_from=bundle)
+    if serve and plot is not None:
+        raise click.UsageError("--serve prints its few figures and draws nothing; leave --plot out, or --serve.")
     if serve:
         _show_throughput(bundle, batches, flavor, threads, json_file)
         return
@@ -78,7 +80,7 @@ def command(
     with output.progress(quiet, progress_total(options), "measured") as advance:
         report = bench(bundle, options, advance)
     for row in report.left_out:
-        output.notifier(quiet)(f"Left out, as memory is too small for it: {row}.")
+        output.notifier(quiet)(f"Left out: {row}.")
     if json_file is not None:
         output.write_json(json_file, report.as_json())
     if json_file != "-":
