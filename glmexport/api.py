@@ -21,7 +21,7 @@ from glmexport.errors import GlmExportError, RecipeError
 from glmexport.form import FLOAT32, GRAPH, RAW, RAW_DTYPES, SHARED, WEIGHTS, EmbeddingForm, QuantizationForm
 from glmexport.generation import Generation
 from glmexport.generation import generate as generate_with
-from glmexport.interface import DEFAULT_OPSET
+from glmexport.interface import DEFAULT_OPSET, DTYPES
 from glmexport.names import PORTABLE
 from glmexport.recipe import DEFAULT_GROUP_SIZE, DEFAULT_METHOD, FORMATS, uniform_recipe
 from glmexport.sampling import Sampling
@@ -49,6 +49,7 @@ def split(
     weights: str = FLOAT32,
     dtype: str = FLOAT32,
     flavor: str = PORTABLE,
+    kv_cache_dtype: str = FLOAT32,
     force: bool = False,
     notice: Callable[[str], None] = lambda sentence: None,
 ) -> Bundle:
@@ -58,7 +59,8 @@ def split(
     head). quantize: None, `int8` or `int4`; the LM head gets 8 bits. group_size: weights that share a scale, or
     `channel`. weights: `float32`, or `float16` to halve what is not quantized, where that loses nothing. dtype: what
     the graphs compute in, `float32`, or `float16` for GPUs. flavor: `portable`, `ort` (graphs that write into their KV
-    cache, for onnxruntime) or `both`. force: replace an existing bundle. notice: takes sentences for the user.
+    cache, for onnxruntime) or `both`. kv_cache_dtype: of that cache, `float32` or `float16`. force: replace an existing
+    bundle. notice: takes sentences for the user.
     Raises GlmExportError; nothing is left behind then.
     """
     from glmexport.checkpoint import open_checkpoint
@@ -66,7 +68,7 @@ def split(
     from glmexport.splitter import split as split_checkpoint
 
     with open_checkpoint(checkpoint, revision) as source:
-        passes = passes_of(slim, embedding, quantize, group_size, weights, source.config.num_blocks)
+        passes = passes_of(slim, embedding, quantize, group_size, weights, source.config.num_blocks, kv_cache_dtype)
         options = SplitOptions(opset, passes=passes, dtype=dtype, flavor=flavor)
         split_checkpoint(source, Path(output), options, force=force, notice=notice)
     return open_bundle(Path(output))
@@ -101,10 +103,17 @@ def generate(
 
 
 def passes_of(
-    slim: bool, embedding: str, quantize: str | None, group_size: int | str, weights: str, num_blocks: int
+    slim: bool,
+    embedding: str,
+    quantize: str | None,
+    group_size: int | str,
+    weights: str,
+    num_blocks: int,
+    kv_cache_dtype: str = FLOAT32,
 ) -> tuple[Pass, ...]:
     """The passes that `split` is asked for, in their order (see `glmexport.passes`). Raises RecipeError."""
     # here: what runs a bundle needs none of them
+    from glmexport.passes.half_cache import HalfCachePass
     from glmexport.passes.half_weights import HalfWeightsPass
     from glmexport.passes.quantize_weights import QuantizePass
     from glmexport.passes.raw_embedding import EmbedPass
@@ -113,12 +122,16 @@ def passes_of(
     words = {row.word: dtype for dtype, row in RAW_DTYPES.items()}
     if weights not in WEIGHTS:
         raise RecipeError(f"weights is {weights!r:.40}, expected one of {', '.join(WEIGHTS)}.")
+    if kv_cache_dtype not in DTYPES:
+        raise RecipeError(f"kv_cache_dtype is {kv_cache_dtype!r:.40}, expected one of {', '.join(DTYPES)}.")
     if embedding not in (GRAPH, SHARED, *words) or quantize not in (None, *_BITS):
         raise RecipeError(
             f"embedding is {embedding!r:.40} and quantize {quantize!r:.40}, expected one of {GRAPH}, "
             f"{', '.join(words)}, {SHARED} and of None, {', '.join(_BITS)}."
         )
-    passes: list[Pass] = [SlimPass()] if slim else []
+    passes: list[Pass] = [HalfCachePass()] if kv_cache_dtype != FLOAT32 else []
+    if slim:
+        passes.append(SlimPass())
     if embedding in words:
         passes.append(EmbedPass(EmbeddingForm(RAW, words[embedding])))
     if quantize is not None:

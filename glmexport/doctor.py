@@ -163,7 +163,8 @@ def bundle_needs(bundle: Bundle) -> FormNeeds:
     read = sum(size for name, size in graphs.items() if name != names.EMBEDDING)
     scales = sum(_scales_of_record(record) for entry in bundle.graphs for record in entry["matrices"].values())
     table = bundle.form.embedding_file
-    kv_cache = config.num_blocks * kv_cache_bytes(config, 1, config.max_positions, bundle.form.float_bytes)
+    width = bundle.form.cache_float_bytes(bundle.flavors[-1])  # of the graphs that run here
+    kv_cache = config.num_blocks * kv_cache_bytes(config, 1, config.max_positions, width)
     held = sum(graphs.values())
     if bundle.runtime == names.MNN and bundle.manifest["mnn"]["memory"] == "normal":
         read = held = 4 * sum(int(entry["parameters"]) for entry in bundle.graphs)

@@ -20,7 +20,6 @@ from glmexport.config import ModelConfig
 from glmexport.errors import BundleError
 from glmexport.form import FLOAT32, RAW_DTYPES, WEIGHTS, Form
 from glmexport.graph_lint import operator_inventory
-from glmexport.interface import graph_spec
 from glmexport.onnx_files import (
     ExternalTensor,
     aligned_size,
@@ -205,7 +204,7 @@ def graph_entry(draft: BundleDraft, graph: GraphDraft, models: Mapping[str, onnx
 
 
 def _flavor_entry(draft: BundleDraft, graph: str, flavor: str, model: onnx.ModelProto) -> dict[str, Any]:
-    spec = graph_spec(graph, draft.config, draft.argmax, draft.form.dtype, flavor)
+    spec = draft.form.spec_of(graph, draft.config, draft.argmax, flavor)
     return {
         "file": names.in_flavor(names.graph_file(graph), flavor),
         "data": names.in_flavor(names.data_file(graph), flavor),

@@ -21,7 +21,7 @@ from glmexport.bundle_writer import BundleWriter
 from glmexport.draft import BundleDraft, GraphDraft, graph_entry, with_tensors
 from glmexport.errors import BundleError, ExportError
 from glmexport.graph_lint import lint_graph
-from glmexport.interface import graph_spec, opset_of
+from glmexport.interface import opset_of
 from glmexport.onnx_files import Array, ExternalDataWriter, ExternalTensor, load_graph, stored_bytes
 from glmexport.tensors import SLICE_BYTES, Tensor
 
@@ -217,7 +217,7 @@ def _write_flavor(
         return load_graph(writer.path(name))
     model = with_tensors(making.model(graph, flavor), places)
     writer.write_bytes(name, model.SerializeToString(deterministic=True))
-    spec = graph_spec(graph.name, draft.config, draft.argmax, draft.form.dtype, flavor)
+    spec = draft.form.spec_of(graph.name, draft.config, draft.argmax, flavor)
     complaints = lint_graph(writer.path(name), spec, opset_of(flavor, draft.opset))
     if complaints:
         raise ExportError("A graph breaks the bundle's rules, so nothing was written: " + " ".join(complaints))

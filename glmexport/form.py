@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from glmexport import names
 from glmexport.config import ModelConfig, SpecialIds
 from glmexport.errors import GlmExportError
-from glmexport.interface import DTYPES
+from glmexport.interface import DTYPES, GraphSpec, graph_spec
 from glmexport.recipe import FORMATS
 from glmexport.vocabulary import VocabularyMap
 
@@ -98,7 +98,8 @@ class Form:
 
     weights: how matrices that are not quantized are stored in graphs that compute in float32. dtype: what the graphs
     compute in (`interface.DTYPES`), and so the dtype of their inputs, outputs, KV cache and weights. flavors: of the
-    graphs, of `names.FLAVORS` and in their order.
+    graphs, of `names.FLAVORS` and in their order. kv_cache: dtype of the KV cache that those of the flavor `ort` write
+    into (`passes.half_cache`).
     """
 
     slim: Slim | None = None
@@ -107,11 +108,24 @@ class Form:
     weights: str = FLOAT32
     dtype: str = FLOAT32
     flavors: tuple[str, ...] = (names.PORTABLE,)
+    kv_cache: str = FLOAT32
 
     @property
     def float_bytes(self) -> int:
-        """Of one number of the KV cache and of activations."""
+        """Of one number of activations, and of the KV cache of portable graphs."""
         return RAW_DTYPES[self.dtype].bytes
+
+    def cache_dtype(self, flavor: str) -> str:
+        """Of the KV cache of graphs of a flavor."""
+        return self.kv_cache if flavor == names.ORT else self.dtype
+
+    def cache_float_bytes(self, flavor: str) -> int:
+        """Of one number of that cache."""
+        return RAW_DTYPES[self.cache_dtype(flavor)].bytes
+
+    def spec_of(self, graph: str, config: ModelConfig, argmax: str, flavor: str) -> GraphSpec:
+        """The signature of a graph of the bundle."""
+        return graph_spec(graph, config, argmax, self.dtype, flavor, self.cache_dtype(flavor))
 
     @property
     def embedding_file(self) -> str | None:
@@ -138,6 +152,7 @@ class Form:
             "weights": self.weights,
             "dtype": self.dtype,
             "flavors": list(self.flavors),
+            "kv_cache": self.kv_cache,
         }
 
 
@@ -152,6 +167,9 @@ def form_from_json(manifest: Mapping[str, Any]) -> Form:
     flavors = manifest.get("flavors", [names.PORTABLE])  # likewise
     if not isinstance(flavors, list) or not flavors or flavors != [one for one in names.FLAVORS if one in flavors]:
         raise ValueError(f"flavors is {flavors!r:.80}, expected some of {', '.join(names.FLAVORS)}")
+    kv_cache = manifest.get("kv_cache", FLOAT32)  # likewise
+    if kv_cache not in DTYPES or (kv_cache != FLOAT32 and names.ORT not in flavors):
+        raise ValueError(f"kv_cache is {kv_cache!r:.80}, expected {FLOAT32}, or {FLOAT16} of graphs of the flavor ort")
     return Form(
         _slim(manifest["vocabulary"]),
         _embedding(manifest["embedding"]),
@@ -159,6 +177,7 @@ def form_from_json(manifest: Mapping[str, Any]) -> Form:
         weights,
         dtype,
         tuple(flavors),
+        kv_cache,
     )
 
 

@@ -17,7 +17,6 @@ from glmexport import names
 from glmexport.bundle import Bundle
 from glmexport.errors import BundleError, printable, reason_of
 from glmexport.graph_lint import foreign_parts
-from glmexport.interface import graph_spec
 from glmexport.mapped_pages import drop_mapped_pages
 from glmexport.mnn.session import MnnGraph, backend_for
 from glmexport.onnx_files import load_graph
@@ -210,7 +209,7 @@ class GraphPool:
         """Refuse what onnxruntime would trust: data outside the bundle, sizes that are not the model's, loops."""
         model = load_graph(path)
         stored_tensors(self._bundle, model, self._bundle.graph(graph, self._flavor))
-        spec = graph_spec(graph, self._bundle.config, self._bundle.argmax, self._bundle.form.dtype, self._flavor)
+        spec = self._bundle.form.spec_of(graph, self._bundle.config, self._bundle.argmax, self._flavor)
         complaints = foreign_parts(model, spec)
         if complaints:
             raise BundleError(

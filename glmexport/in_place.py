@@ -27,12 +27,11 @@ class _Step:
     hidden: [batch, seq, hidden], the one that a block reads and the one that it writes. mask: over the capacity.
     """
 
-    def __init__(self, cache: SlotCache, first: int, shape: tuple[int, int, int]) -> None:
-        """first: slot of the first row. shape: batch, seq, hidden."""
+    def __init__(self, cache: SlotCache, first: int, shape: tuple[int, int, int], dtype: np.dtype[Any]) -> None:
+        """first: slot of the first row. shape: batch, seq, hidden. dtype: of hidden states."""
         batch, seq, _ = shape
         self.key = _key(cache, first, shape)
         self.cache, self.slots = cache, slice(first, first + batch)
-        dtype = cache.keys[0].dtype
         self.hidden = [np.empty(shape, dtype) for _ in range(2)]
         self.mask = np.ones((batch, 1, seq, cache.capacity), np.bool_)
         self.positions = np.zeros((batch, 2, seq), np.int64)
@@ -100,7 +99,7 @@ class InPlaceBlocks:
         batch, seq, width = hidden.shape
         step = self._step
         if step is None or step.key != _key(cache, first_slot, (batch, seq, width)):
-            self._step = step = _Step(cache, first_slot, (batch, seq, width))
+            self._step = step = _Step(cache, first_slot, (batch, seq, width), hidden.dtype)
         step.fill(hidden, attention_mask, position_ids, write_indices)
         turn, ids = 0, cache.blocks if blocks is None else blocks
         for block_id in ids:

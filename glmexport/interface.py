@@ -65,15 +65,23 @@ def value_info(tensor: TensorSpec) -> onnx.ValueInfoProto:
 
 
 def graph_spec(
-    graph: str, config: ModelConfig, argmax: str, dtype: str = "float32", flavor: str = names.PORTABLE
+    graph: str,
+    config: ModelConfig,
+    argmax: str,
+    dtype: str = "float32",
+    flavor: str = names.PORTABLE,
+    cache_dtype: str | None = None,
 ) -> GraphSpec:
-    """The signature of the graph of that name. dtype: one of `DTYPES`, flavor of `names.FLAVORS`, here and below."""
+    """The signature of the graph of that name. dtype: one of `DTYPES`, flavor of `names.FLAVORS`, here and below.
+
+    cache_dtype: of a KV cache that the graph writes into, as a rule `dtype`.
+    """
     kind = names.graph_kind(graph)
     if kind == names.KIND_HEAD:
         return head_spec(config, argmax, dtype, flavor)
     if kind == names.KIND_EMBEDDING:
         return embedding_spec(config, dtype, flavor)
-    return block_spec(config, dtype) if flavor == names.PORTABLE else in_place_block_spec(config, dtype)
+    return block_spec(config, dtype) if flavor == names.PORTABLE else in_place_block_spec(config, dtype, cache_dtype)
 
 
 def opset_of(flavor: str, portable: int) -> int:
@@ -115,7 +123,7 @@ def block_spec(config: ModelConfig, dtype: str = "float32") -> GraphSpec:
     )
 
 
-def in_place_block_spec(config: ModelConfig, dtype: str = "float32") -> GraphSpec:
+def in_place_block_spec(config: ModelConfig, dtype: str = "float32", cache_dtype: str | None = None) -> GraphSpec:
     """As `block_spec`, batch first, with a KV cache that the graph writes into.
 
     Row i's new keys and values go to places `write_indices`[i] and on of `key_cache` and `value_cache`, which come out
@@ -123,7 +131,7 @@ def in_place_block_spec(config: ModelConfig, dtype: str = "float32") -> GraphSpe
     hides (True) what is not written yet.
     """
     hidden = _hidden(config, names.ORT)
-    cache = (names.BATCH, config.num_heads, names.CAPACITY, config.head_dim)
+    cache, cache_dtype = (names.BATCH, config.num_heads, names.CAPACITY, config.head_dim), cache_dtype or dtype
     return GraphSpec(
         names.KIND_BLOCK,
         (
@@ -131,13 +139,13 @@ def in_place_block_spec(config: ModelConfig, dtype: str = "float32") -> GraphSpe
             TensorSpec(names.ATTENTION_MASK, "bool", (names.BATCH, 1, names.SEQ, names.CAPACITY)),
             TensorSpec(names.POSITION_IDS, "int64", (names.BATCH, 2, names.SEQ)),
             TensorSpec(names.WRITE_INDICES, "int64", (names.BATCH,)),
-            TensorSpec(names.KEY_CACHE, dtype, cache),
-            TensorSpec(names.VALUE_CACHE, dtype, cache),
+            TensorSpec(names.KEY_CACHE, cache_dtype, cache),
+            TensorSpec(names.VALUE_CACHE, cache_dtype, cache),
         ),
         (
             TensorSpec(names.HIDDEN_STATES, dtype, hidden),
-            TensorSpec(names.KEY_CACHE_OUT, dtype, cache),
-            TensorSpec(names.VALUE_CACHE_OUT, dtype, cache),
+            TensorSpec(names.KEY_CACHE_OUT, cache_dtype, cache),
+            TensorSpec(names.VALUE_CACHE_OUT, cache_dtype, cache),
         ),
     )
 

@@ -64,6 +64,8 @@ def form_in_words(bundle: Bundle) -> str:
         words.append(f"{' and '.join(kinds)} for MNN {bundle.manifest['mnn']['version']}")
     if form.flavors != (names.PORTABLE,):
         words = [*(words or ["float32"]), f"{' and '.join(form.flavors)} graphs"]
+    if form.kv_cache != FLOAT32:
+        words.append(f"{form.kv_cache} KV cache")
     return ", ".join(words) or "float32"
 
 

@@ -19,7 +19,6 @@ from glmexport.errors import BundleError, GlmExportError, reason_of
 from glmexport.form import GRAPH
 from glmexport.graph_pool import CPU_PROVIDER, GraphPool
 from glmexport.in_place import InPlaceBlocks
-from glmexport.interface import graph_spec
 from glmexport.placement import READ_AHEAD, Placement, kv_cache_bytes
 from glmexport.sizes import parse_size
 from glmexport.slot_cache import SlotCache, capacity_for
@@ -49,7 +48,8 @@ class Session:
     the bundle was made for. Such a bundle's `providers` are MNN's backends (`mnn.module.BACKENDS`).
 
     Nothing is opened before it is needed, unless `load` is called. Rows of a raw embedding are mapped and not counted.
-    Hidden states, KV cache and logits are of the bundle's dtype (`bundle.form.dtype`), float32 or float16.
+    Hidden states, KV cache and logits are of the bundle's dtype (`bundle.form.dtype`), float32 or float16; a cache that
+    graphs write into, of `bundle.form.kv_cache`.
     Raises BundleError: no bundle; GlmExportError: sizes or threads that are none.
     """
 
@@ -152,7 +152,8 @@ class Session:
 
     def kv_bytes(self, batch: int, length: int) -> int:
         """Bytes of the KV cache of all blocks for so many rows and places."""
-        return self.config.num_blocks * kv_cache_bytes(self.config, batch, length, self.bundle.form.float_bytes)
+        width = self.bundle.form.cache_float_bytes(self.flavor)
+        return self.config.num_blocks * kv_cache_bytes(self.config, batch, length, width)
 
     def forward(self, input_ids: Array, attention_mask: Array, position_ids: Array, pasts: Pasts) -> Array:
         """Run embedding and blocks; returns hidden states [seq, batch, hidden] and grows `pasts` in place.
@@ -226,8 +227,12 @@ class Session:
     def empty_pasts(self, batch: int) -> Pasts:
         """KV caches of length 0 for every block."""
         if self._in_place is not None:
-            return SlotCache(self.config, batch, self.bundle.form.dtype)
+            return self.empty_slots(batch)
         return [self.empty_past(batch) for _ in range(self.config.num_blocks)]
+
+    def empty_slots(self, slots: int) -> SlotCache:
+        """A cache of length 0 that graphs of the flavor ort write into."""
+        return SlotCache(self.config, slots, self.bundle.form.cache_dtype(self.flavor))
 
     def empty_past(self, batch: int) -> Array:
         """A KV cache of length 0: [2, 0, batch, heads, head_dim]."""
@@ -275,12 +280,14 @@ class Session:
     ) -> tuple[Array, Array]:
         _, length, batch = past.shape[:3]
         total = attention_mask.shape[-1]
-        cache = SlotCache(self.config, batch, self.bundle.form.dtype, blocks=range(block_id, block_id + 1))
+        form, blocks = self.bundle.form, range(block_id, block_id + 1)
+        cache = SlotCache(self.config, batch, form.cache_dtype(self.flavor), blocks=blocks)
         cache.reserve(total)
         for array, before in zip(cache.of(block_id), past, strict=True):
             array[:, :, :length] = before.transpose(1, 2, 0, 3)
         found = self.step(block_id, hidden, attention_mask, position_ids, cache)
-        return found, np.stack([array[:, :, :total].transpose(2, 0, 1, 3) for array in cache.of(block_id)])
+        places = [array[:, :, :total].transpose(2, 0, 1, 3) for array in cache.of(block_id)]
+        return found, np.stack(places).astype(form.dtype, copy=False)
 
     def head(self, hidden: Array) -> dict[str, Array]:
         """Hidden states [seq, batch, hidden] -> `logits` [batch, vocab] and/or `token_id` [batch]."""
@@ -294,7 +301,7 @@ class Session:
 
     def _run(self, graph: str, feeds: Mapping[str, Array]) -> dict[str, Array]:
         session = self._pool.get(graph)
-        spec = graph_spec(graph, self.config, self.bundle.argmax, self.bundle.form.dtype, self.flavor)
+        spec = self.bundle.form.spec_of(graph, self.config, self.bundle.argmax, self.flavor)
         outputs = [output.name for output in spec.outputs]
         try:
             values = session.run(outputs, dict(feeds))

@@ -134,6 +134,10 @@ def quantize_pass(bits: str | None, options: Mapping[str, Any], num_blocks: int)
 def passes_of_options(options: Mapping[str, Any], num_blocks: int) -> tuple[Pass, ...]:
     """The passes that `split` is asked for, in their order (see `glmexport.passes`). Raises RecipeError."""
     passes: list[Pass] = []
+    if options["kv_cache_dtype"] == FLOAT16:
+        from glmexport.passes.half_cache import HalfCachePass
+
+        passes.append(HalfCachePass())
     if options["slim"] or options["keep"] or options["corpus"]:
         passes.append(slim_pass(options["keep"], options["corpus"]))
     embedding = options["embedding"]

@@ -83,6 +83,13 @@ class SplitCommand(click.Command):
     show_default=True,
     help="How matrices that are not quantized are stored; float16 halves them and casts in the graph, without loss.",
 )
+@click.option(
+    "--kv-cache-dtype",
+    type=click.Choice(DTYPES),
+    default=FLOAT32,
+    show_default=True,
+    help="Of the KV cache that graphs of the flavor ort write into; float16 takes half the memory and more time.",
+)
 @click.option("--force", is_flag=True, help="Replace an existing bundle, or an empty directory.")
 @click.option("--resume", is_flag=True, help="Go on where a run that was stopped or killed has left off.")
 @click.option("--dry-run", is_flag=True, help="Print files, bytes, memory and disk needed; read no tensor.")

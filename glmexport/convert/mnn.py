@@ -276,7 +276,9 @@ def _tensor(tensor: TensorSpec) -> dict[str, Any]:
 def _manifest(
     bundle: Bundle, draft: BundleDraft, plan: MnnPlan, version: str, entries: list[dict[str, Any]]
 ) -> dict[str, Any]:
-    form = dataclasses.replace(draft.form, quantization=None, weights="float32", flavors=(names.PORTABLE,))
+    form = dataclasses.replace(
+        draft.form, quantization=None, weights=FLOAT32_DTYPE, flavors=(names.PORTABLE,), kv_cache=FLOAT32_DTYPE
+    )
     facts = {key: value for key, value in draft.facts.items() if key not in ("architecture", "argmax")}
     step = {"step": "convert mnn", "bits": dict(plan.bits), "block": plan.block or "channel", "memory": plan.memory}
     head = bundle.graph(names.HEAD)["matrices"].values()

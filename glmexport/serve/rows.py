@@ -135,7 +135,7 @@ class InPlaceRows:
         self._session.close()
 
     def _empty(self) -> SlotCache:
-        return SlotCache(self.config, self.slots, self._session.bundle.form.dtype)
+        return self._session.empty_slots(self.slots)
 
 
 @dataclass(eq=False)

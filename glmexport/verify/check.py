@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import cache, partial
@@ -17,7 +18,7 @@ from glmexport.checkpoint import Checkpoint
 from glmexport.errors import BundleError, CheckpointError, GlmExportError
 from glmexport.form import FLOAT16
 from glmexport.graph_lint import lint_graph
-from glmexport.interface import graph_spec, opset_of
+from glmexport.interface import opset_of
 from glmexport.inventory import form_in_words
 from glmexport.verify.cases import make_cases
 from glmexport.verify.expected import check_same_model, expected_draft
@@ -107,7 +108,7 @@ def _lint(bundle: Bundle, advance: Advance) -> Iterator[Row]:
                 for flavor, one in bundle.flavored(graph).items()
                 for complaint in lint_graph(
                     bundle.whole_path(one["file"]),
-                    graph_spec(graph["name"], bundle.config, bundle.argmax, bundle.form.dtype, flavor),
+                    bundle.form.spec_of(graph["name"], bundle.config, bundle.argmax, flavor),
                     opset_of(flavor, bundle.opset),
                 )
             ]
@@ -229,7 +230,7 @@ class _Comparison:
             worst, seen = self._run_block(
                 block_id, block, run, partial(self._hold, held, stored_block) if held else None
             )
-            inherent = partial(self._inherent, block_id, stored_block, seen)
+            inherent = partial(self._inherent, block_id, stored_block, seen, self._computed_in(run.mode))
             self._add_row(graph, run, worst, inherent=inherent if trusted else None)
             if probe is not None:
                 probe.run(feeds(seen[0][0], "float32"))
@@ -290,15 +291,24 @@ class _Comparison:
         block_id: int,
         stored_block: Callable[[], torch.nn.Module],
         seen: list[tuple[BlockInputs, BlockOutputs]],
+        dtype: str,
     ) -> float:
-        """What the stored weights, and computing in their dtype, do to the reference's own outputs."""
-        error, dtype = Worst(), getattr(torch, self._dtype)
+        """What the stored weights, and computing in a dtype, do to the reference's own outputs."""
+        error, block, numbers = Worst(), stored_block(), getattr(torch, dtype)
+        if dtype != self._dtype:
+            block = copy.deepcopy(block)
+            for parameter in block.parameters():
+                parameter.data = parameter.data.to(numbers)
         for (hidden, mask, positions, past), expected in seen:
-            inputs = (hidden.to(dtype), mask, positions, past.to(dtype))
-            outputs = self._checkpoint.patch.run_reference_block(stored_block(), block_id, *inputs)
+            inputs = (hidden.to(numbers), mask, positions, past.to(numbers))
+            outputs = self._checkpoint.patch.run_reference_block(block, block_id, *inputs)
             for ours, theirs in zip(outputs, expected, strict=True):
-                error.add(ours.numpy(), theirs.numpy(), self._dtype)
+                error.add(ours.numpy(), theirs.numpy(), dtype)
         return error.norm
+
+    def _computed_in(self, mode: Mode) -> str:
+        """The coarsest dtype that a mode's blocks compute in."""
+        return FLOAT16 if mode.block_form == FLOAT16 else self._dtype
 
     def _chain_half(self, block_id: int, block: torch.nn.Module) -> None:
         """Take every case's float16 states through one block of the reference in float16."""
@@ -381,7 +391,8 @@ class _Comparison:
 
     def _add_chains(self, mode: Mode, chains: list[tuple[ModeRun, NextTokens]], in_half: HalfErrors | None) -> None:
         """A row for each case, and where tokens may differ one for all cases: few steps tell little of them."""
-        budget, whole = mode.budgets.get(self._chain_form), NextTokens()
+        form = max(self._chain_form, mode.block_form, key=FORMS.index)
+        budget, whole = mode.budgets.get(form), NextTokens()
         for run, chain in chains:
             tokens, worst = f"{chain.same}/{chain.count} greedy tokens", chain.worst
             if in_half is not None:
@@ -426,10 +437,12 @@ class _Comparison:
     ) -> None:
         if not worst.reference_is_finite:
             detail = f"{detail}, " * bool(detail) + "the reference's own numbers are not finite: look at its weights"
-        form, is_half = self._forms.get(graph, self._dtype), self._dtype == FLOAT16
+        form = run.mode.form_of(graph, self._forms[graph]) if graph in self._forms else self._dtype
+        in_half = self._dtype == FLOAT16
         passed = also and run.mode.tolerances[form].allows(worst.absolute, worst.relative, worst.norm)
-        if also and inherent is not None and form != "float32" and (is_half or not passed):
+        if also and inherent is not None and form != "float32" and (in_half or not passed):
             alone = inherent()
+            is_half = form == FLOAT16
             passed = passed or worst.norm <= alone * (HALF_SLACK if is_half else INHERENT_SLACK)
             what = "float16" if is_half else "the stored weights"
             detail = f"{detail}, " * bool(detail) + f"{what} alone gives {alone:.2e} in the reference"

@@ -9,6 +9,7 @@ from glmexport.checkpoint_draft import draft_of_checkpoint
 from glmexport.draft import BundleDraft, ignore_notice
 from glmexport.errors import BundleError
 from glmexport.form import FLOAT16, RAW, SHARED, slimmed_config
+from glmexport.passes.half_cache import HalfCachePass
 from glmexport.passes.half_weights import HalfWeightsPass
 from glmexport.passes.quantize_weights import QuantizePass
 from glmexport.passes.raw_embedding import EmbedPass
@@ -25,6 +26,8 @@ def expected_draft(bundle: Bundle, checkpoint: Checkpoint) -> BundleDraft:
     draft = draft_of_checkpoint(
         checkpoint, bundle.opset, bundle.argmax, heads_equal(checkpoint), dtype=form.dtype, flavors=form.flavors
     )
+    if form.kv_cache == FLOAT16:
+        draft = HalfCachePass().apply(draft, ignore_notice)
     if form.slim is not None:
         draft = slim_to(draft, form.slim.vocabulary)
     if form.slim is not None or form.vocabulary_file in bundle.files:

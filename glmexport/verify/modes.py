@@ -16,6 +16,7 @@ from glmexport.verify.forms import FLOAT_BITS
 from glmexport.verify.runs import Run
 from glmexport.verify.tolerances import (
     CHAIN_BUDGETS,
+    FORMS,
     MNN_CHAIN_BUDGETS,
     MNN_TOLERANCES,
     TOLERANCES,
@@ -33,7 +34,7 @@ class Mode:
     """One way to run a bundle, and what it is held to.
 
     label: after the name of a case. exact: whether products are float32 ones of the stored weights, so that they can be
-    held to these as well. flavor: of the graphs.
+    held to these as well. flavor: of the graphs. block_form: of blocks, where that is coarser than their weights' own.
     """
 
     session: Session
@@ -42,6 +43,12 @@ class Mode:
     budgets: Mapping[str, ChainBudget]
     exact: bool = False
     flavor: str = names.PORTABLE
+    block_form: str = FORMS[0]
+
+    def form_of(self, graph: str, form: str) -> str:
+        """The form that a graph is held to whose weights have the form `form`."""
+        is_block = names.graph_kind(graph) == names.KIND_BLOCK
+        return max(self.block_form, form, key=FORMS.index) if is_block else form
 
     def comparable(self, mask: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
         """Which places [seq, batch] of hidden states are held to the reference. mask: bool [batch, 1, seq, total].
@@ -70,7 +77,8 @@ def modes_of(bundle: Bundle) -> Iterator[Mode]:
         for flavor in bundle.flavors:
             session = Session(bundle, memory_limit=MEMORY_LIMIT, read_ahead=0, flavor=flavor)
             label = "" if flavor == names.PORTABLE else f", {flavor}"
-            yield Mode(session, label, TOLERANCES, CHAIN_BUDGETS, flavor=flavor)
+            cache = bundle.form.cache_dtype(flavor)
+            yield Mode(session, label, TOLERANCES, CHAIN_BUDGETS, flavor=flavor, block_form=cache)
         return
     integers = any(record["bits"] < FLOAT_BITS for entry in bundle.graphs for record in entry["matrices"].values())
     low = integers and bundle.manifest["mnn"]["memory"] == LOW  # without integers, low mode is normal mode
