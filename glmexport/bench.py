@@ -46,13 +46,13 @@ DECODE, PREFILL = "decode", "prefill"
 SHARE = 0.7
 """Of the memory that is available beside the graphs, which KV caches may take; portable ones are there thrice."""
 
-LEAST_RUNS, LEAST_SECONDS = 5, 1.0
+LEAST_RUNS, LEAST_SECONDS = 5, 2.0
 LONG_SECONDS = 4.0
 """A run that takes longer is measured once more, and not five times."""
 
-BANDWIDTH_SECONDS = 0.2
-"""Of each reading of the memory bandwidth, of which there is one before each row; the bounds go by the median of them,
-as single ones are sometimes twice as high."""
+BANDWIDTH_SECONDS = 0.05
+"""Of each reading of the memory bandwidth, of which there is one before each run: on a computer that others use too it
+may halve within a minute, and a bound must be of the same moments as what is held to it."""
 
 
 @dataclass(frozen=True)
@@ -74,8 +74,8 @@ class BenchOptions:
 class BenchRow:
     """One measurement. length: tokens a row that were fed at once. ms: for all rows, the median of several runs.
 
-    bound_ms: what reading all weights once and the KV cache of every row takes at the memory bandwidth measured in the
-    same run. For a long prompt it is arithmetic that takes the time.
+    bound_ms: what reading all weights once and the KV cache of every row takes at `bandwidth_gb_s`, the median of
+    readings between these very runs. For a long prompt it is arithmetic that takes the time.
     """
 
     kind: str
@@ -85,6 +85,7 @@ class BenchRow:
     ms: float
     bound_ms: float
     tokens_per_s: float
+    bandwidth_gb_s: float
 
     @property
     def ratio(self) -> float:
@@ -108,7 +109,10 @@ class Start:
 
 @dataclass
 class BenchReport:
-    """All of it. weight_bytes: of the graphs that every token goes through. left_out: what is not measured, and why."""
+    """All of it. weight_bytes: of the graphs that every token goes through. left_out: what is not measured, and why.
+
+    bandwidth: bytes a second, the median of the rows'.
+    """
 
     bundle: str
     flavor: str
@@ -141,7 +145,6 @@ def bench(bundle: Path, options: BenchOptions, advance: Advance) -> BenchReport:
         weights = sum(size for name, size in session.graph_sizes.items() if name != names.EMBEDDING)
         report = BenchReport(str(bundle), session.flavor, weights, start, left_out=[*_impossible(session, options)])
         session.load()
-        found, bandwidths = list[tuple[BenchRow, int]](), list[float]()
         for kind, batch, past, length in _plan(session, options):
             what = f"{kind} {batch} x {past or length}"
             advance(what, 1)
@@ -151,13 +154,13 @@ def bench(bundle: Path, options: BenchOptions, advance: Advance) -> BenchReport:
             if available is not None and needed > SHARE * available:
                 report.left_out.append(f"{what} (memory is too small for its KV cache of {needed / 1e9:.1f} GB)")
                 continue
-            bandwidths.append(reader.read(BANDWIDTH_SECONDS))
-            seconds = _median(_runs(session, batch, past, length))
-            read = weights + session.kv_bytes(batch, past + length) * (kind == DECODE)
-            found.append((BenchRow(kind, batch, past, length, seconds * 1e3, 0.0, batch * length / seconds), read))
-        bandwidths.append(reader.read(BANDWIDTH_SECONDS))
-    report.bandwidth = statistics.median(bandwidths)
-    report.rows = [dataclasses.replace(row, bound_ms=read / report.bandwidth * 1e3) for row, read in found]
+            seconds, bandwidth = _medians(_runs(session, batch, past, length), reader)
+            bound = (weights + session.kv_bytes(batch, past + length) * (kind == DECODE)) / bandwidth
+            speed = batch * length / seconds
+            report.rows.append(
+                BenchRow(kind, batch, past, length, seconds * 1e3, bound * 1e3, speed, bandwidth_gb_s=bandwidth / 1e9)
+            )
+    report.bandwidth = statistics.median(row.bandwidth_gb_s * 1e9 for row in report.rows) if report.rows else 0.0
     return report
 
 
@@ -217,14 +220,14 @@ def filled_cache(session: Session, batch: int, length: int) -> Pasts:
     return [np.broadcast_to(turned, shape).copy() for _ in range(config.num_blocks)]
 
 
-def _median(run: Callable[[], object]) -> float:
-    """Seconds of a run, after one that does not count."""
-    if _timed(run) > LONG_SECONDS:
-        return _timed(run)
-    times: list[float] = []
-    while len(times) < LEAST_RUNS or sum(times) < LEAST_SECONDS:
+def _medians(run: Callable[[], object], reader: BandwidthReader) -> tuple[float, float]:
+    """(seconds of a run, after one that does not count; bytes a second read from memory in between)."""
+    runs, seconds = (1, 0.0) if _timed(run) > LONG_SECONDS else (LEAST_RUNS, LEAST_SECONDS)
+    times, bandwidths = list[float](), [reader.read(BANDWIDTH_SECONDS)]
+    while len(times) < runs or sum(times) < seconds:
         times.append(_timed(run))
-    return statistics.median(times)
+        bandwidths.append(reader.read(BANDWIDTH_SECONDS))
+    return statistics.median(times), statistics.median(bandwidths)
 
 
 def _timed(run: Callable[[], object]) -> float:

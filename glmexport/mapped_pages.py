@@ -10,9 +10,9 @@ import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-MAPPED = re.compile(r"([0-9a-f]+)-([0-9a-f]+) \S+ \S+ \S+ (\d+) *(.*)")
-"""A line of Linux's /proc/…/smaps that begins an entry (proc_pid_smaps(5)): first byte, byte after the last, inode and
-path; lines of numbers follow it."""
+MAPPED = re.compile(r"([0-9a-f]+)-([0-9a-f]+) \S+ \S+ \S+ \d+ *(.*)")
+"""A line of Linux's /proc/…/smaps that begins an entry (proc_pid_smaps(5)): first byte, byte after the last, path;
+lines of numbers follow it."""
 
 
 def drop_mapped_pages(files: Iterable[Path]) -> None:
@@ -39,6 +39,6 @@ def unchanged_ranges(listed: str, paths: set[str]) -> Iterator[tuple[int, int]]:
     for line in listed.splitlines():
         entry = MAPPED.fullmatch(line)
         if entry:
-            found = (int(entry[1], 16), int(entry[2], 16)) if entry[4] in paths else None
+            found = (int(entry[1], 16), int(entry[2], 16)) if entry[3] in paths else None
         elif found and line.split() == ["Anonymous:", "0", "kB"]:
             yield found

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import record_again
+from conftest import ROOT, record_again
 from derived_bundles import assert_one_sentence, derived, glmexport, quantize_pass
 from flavor_bundles import flavor_bundle, manifest_with
 
@@ -24,7 +26,7 @@ from glmexport.session import Session
 from glmexport.slot_cache import SlotCache
 
 FEW = ("--past", "16", "--batch", "1,2", "--prefill", "16")
-ROW = {"kind", "batch", "past", "length", "ms", "bound_ms", "tokens_per_s"}
+ROW = {"kind", "batch", "past", "length", "ms", "bound_ms", "tokens_per_s", "bandwidth_gb_s"}
 START = Start(load_s=0.5, first_token_s=0.75, peak_rss_bytes=100_000_000, kv_bytes=1000)
 
 
@@ -116,7 +118,7 @@ def test_bounds_are_what_is_read_over_the_bandwidth(of):
         weights = sum(size for name, size in session.graph_sizes.items() if name != names.EMBEDDING)
         for row in report.rows:
             cache = session.kv_bytes(row.batch, row.past + row.length) if row.kind == "decode" else 0
-            assert row.bound_ms == pytest.approx((weights + cache) / report.bandwidth * 1e3)
+            assert row.bound_ms == pytest.approx((weights + cache) / row.bandwidth_gb_s / 1e6)
             assert row.ratio == row.ms / row.bound_ms
     assert report.weight_bytes == weights
     assert report.as_json()["bandwidth_gb_s"] == report.bandwidth / 1e9
@@ -139,6 +141,16 @@ def test_a_bundle_for_mnn_is_measured(of, tmp_path):
     assert done.status == 0, done.stderr
     assert_plausible(json.loads(done.stdout), [("prefill", 1, 0, 16), ("decode", 1, 16, 1), ("decode", 2, 16, 1)])
     assert_one_sentence(glmexport("bench", tmp_path / "mnn", *FEW, "--flavor", "ort", "-q"), "none of 'ort'")
+
+
+def test_a_step_is_profiled_by_operator(of):
+    script = ROOT / "benchmarks" / "profile_step.py"
+    command = [sys.executable, script, of("ort"), "--past", "20", "--batch", "2", "--runs", "2", "--json"]
+    found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    assert {"Attention", "TensorScatter", "MatMul"} <= {*found}
+    assert all(time >= 0 for time in found.values())
+    assert sum(found.values()) > 0
+    assert [*found.values()] == sorted(found.values(), reverse=True)
 
 
 @pytest.mark.usefixtures("start_told")

@@ -53,8 +53,8 @@ def command(
     """Measure how fast BUNDLE runs, beside the least that this computer's memory allows.
 
     The bound of a step is the time in which its weights and KV cache are read once, at the bandwidth that was measured
-    between the runs. Load time, first token and peak memory (with 1024 tokens of history) are those of a process of
-    its own. Close other programs first: they use the same memory.
+    between its runs (GB/s). Load time, first token and peak memory (with 1024 tokens of history) are those of a process
+    of its own. Close other programs first: they use the same memory.
 
     \b
     Examples:
@@ -118,11 +118,11 @@ def _show_throughput(
 def show(report: BenchReport) -> None:
     """Print the figures."""
     console = output.console()
-    right = ("rows", "past", "tokens", "ms", "bound", "x bound", "tokens/s")
+    right = ("rows", "past", "tokens", "ms", "bound", "x bound", "tokens/s", "GB/s")
     listing = output.table("", *right, right=right)
     for row in report.rows:
         cells = (row.batch, row.past, row.length, f"{row.ms:.1f}", f"{row.bound_ms:.1f}", f"{row.ratio:.2f}")
-        listing.add_row(row.kind, *map(str, cells), f"{row.tokens_per_s:.1f}")
+        listing.add_row(row.kind, *map(str, cells), f"{row.tokens_per_s:.1f}", f"{row.bandwidth_gb_s:.0f}")
     console.print(listing)
     start = report.start
     held = start.peak_rss_bytes / (report.weight_bytes + start.kv_bytes)
