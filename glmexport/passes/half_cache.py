@@ -21,7 +21,7 @@ class HalfCachePass:
 
     The operators take nothing in between: TensorScatter writes what its cache is of, and Attention's query, keys and
     values are of one type (ONNX, opset 24). onnxruntime 1.31 computes it on a CPU by casting a head's keys and values
-    to float32 at each step: half the memory, and a little more time.
+    to float32 at each step: half the memory in about the same time.
     """
 
     def apply(self, draft: BundleDraft, notice: Notice) -> BundleDraft:
