@@ -435,7 +435,7 @@ def test_float16_has_no_graphs_that_write_into_their_cache(shared, output):
     assert glmexport("split", odd_checkpoint(shared), "-o", output, "--flavor", "fast").status == 2
 
 
-def test_a_plan_counts_shared_data_once(shared, of):
+def test_a_plan_counts_shared_data_once(shared, of, tmp_path):
     with open_checkpoint(odd_checkpoint(shared)) as source:
         plans = {flavor: plan_split(source, SplitOptions(OPSET, flavor=flavor)) for flavor in FLAVORS}
     for flavor, plan in plans.items():
@@ -444,6 +444,9 @@ def test_a_plan_counts_shared_data_once(shared, of):
         for name in files:
             assert not name.endswith(".data") or plan.files[name] == len(files[name])
         assert plan.disk <= plans["portable"].disk + 8 * (32 << 10)
+    command = ("split", odd_checkpoint(shared), "-o", tmp_path / "none", "--dry-run")
+    for flavor, links in (("both", len(DATA)), ("ort", 0)):
+        assert glmexport(*command, "--flavor", flavor).stdout.count("hard link") == links
 
 
 # Passes

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -16,6 +16,9 @@ from glmexport.cli.quantize import show_report
 from glmexport.form import FLOAT32, GRAPH, SHARED, WEIGHTS
 from glmexport.interface import ARGMAX_MODES, DEFAULT_OPSET, DTYPES, OPSETS
 from glmexport.sizes import size_in_words
+
+if TYPE_CHECKING:
+    from glmexport.splitter import SplitPlan
 
 
 class SplitCommand(click.Command):
@@ -146,7 +149,7 @@ def command(
         check_apart(source.directory, bundle)
         plan = plan_split(source, split_options)
         if dry_run:
-            _print_plan(dict(plan.files), plan.disk, plan.peak_memory, bundle)
+            _print_plan(plan, bundle)
             return
         notice = output.notifier(quiet)
         with output.resumable(), output.progress(quiet, plan.disk, "of the bundle") as advance:
@@ -168,16 +171,16 @@ def command(
                 sys.exit(1)
 
 
-def _print_plan(files: dict[str, int], disk: int, memory: int, bundle: Path) -> None:
+def _print_plan(plan: SplitPlan, bundle: Path) -> None:
     listing = output.table("file", "bytes", "", right=("bytes", ""))
-    for name, count in files.items():
-        listing.add_row(name, f"{count:,}", size_in_words(count))
+    for name, count in plan.files.items():
+        listing.add_row(name, f"{count:,}", "hard link" if name in plan.shared else size_in_words(count))
     console = output.console()
     console.print(listing)
     place = bundle.absolute().parent
     while not place.exists():
         place = place.parent
     free = size_in_words(shutil.disk_usage(place).free)
-    console.print(f"disk needed  {size_in_words(disk)}, free {free} in {place}", markup=False)
-    console.print(f"peak memory  about {size_in_words(memory)}")
+    console.print(f"disk needed  {size_in_words(plan.disk)}, free {free} in {place}", markup=False)
+    console.print(f"peak memory  about {size_in_words(plan.peak_memory)}")
     console.print("Graph files and the manifest are estimates, external data is exact; nothing was written.")
