@@ -45,7 +45,14 @@ LAYERS = (
     ),
     (
         *("checkpoint_draft", "convert.mnn_embedding", "convert.mnn_sources", "draft_writer", "in_place"),
-        *("mnn_llm.source", "passes", "passes.half_weights", "passes.raw_embedding", "passes.slim_vocab"),
+        *(
+            "mnn_llm.source",
+            "passes",
+            "passes.half_cache",
+            "passes.half_weights",
+            "passes.raw_embedding",
+            "passes.slim_vocab",
+        ),
     ),
     (
         *("convert.mnn_graph", "convert.mnn_plan", "derive", "lifting", "session", "splitter", "verify.overflow"),
@@ -120,6 +127,7 @@ WITHOUT_TORCH = (
     *("affine", "compiled", "quantize_kernels", "quantized", "quantized_rows", "raw_rows", "embedding_rows", "session"),
     *(
         "passes",
+        "passes.half_cache",
         "passes.half_weights",
         "passes.slim_vocab",
         "passes.raw_embedding",
