@@ -158,8 +158,13 @@ class _Comparison:
             self._compare_block(block_id)
         self._compare_head_and_chain()
 
-    def _release(self) -> None:
+    def _mode_after_mode(self) -> Iterator[ModeRun]:
+        """Every run; what a mode has open and does not keep is closed before the next one opens the same graph.
+
+        A block of the reference, which is read next, is as large.
+        """
         for mode in self._modes:
+            yield from (run for run in self._runs if run.mode is mode)
             mode.session.release()
 
     def _generate(self) -> None:
@@ -169,18 +174,17 @@ class _Comparison:
             hidden = {run.name: run.mode.session.embed(run.input_ids(step)) for run in self._runs}
             self._advance(f"generate {names.EMBEDDING}")
             for block_id in range(self._bundle.config.num_blocks):
-                for run in self._runs:
+                for run in self._mode_after_mode():
                     name = run.name
                     mask, positions = run.case.inputs(step)
                     hidden[name] = run.mode.session.step(block_id, hidden[name], mask, positions, pasts[name])
                 self._advance(f"generate {names.block_name(block_id)}")
-            for run in self._runs:
+            for run in self._mode_after_mode():
                 outputs = run.mode.session.head(hidden[run.name])
                 if names.LOGITS in outputs:
                     run.logits.append(outputs[names.LOGITS])
                 run.tokens.append(self._token(run, outputs))
             self._advance(f"generate {names.HEAD}")
-        self._release()  # the reference's blocks come next, and are as large
 
     def _token(self, run: ModeRun, outputs: Mapping[str, Array]) -> Array:
         """The greedy ids int64 [batch]; raises BundleError for what cannot be one."""
@@ -225,7 +229,7 @@ class _Comparison:
 
         probe = OverflowProbe(self._bundle, graph) if self._stress else None
         as_stored = Worst() if self._forms[graph] != "float32" and any(mode.exact for mode in self._modes) else None
-        for run in self._runs:
+        for run in self._mode_after_mode():
             held = as_stored if run.mode.exact else None
             worst, seen = self._run_block(
                 block_id, block, run, partial(self._hold, held, stored_block) if held else None
@@ -241,7 +245,6 @@ class _Comparison:
             probe.run(feeds(self._stress.through(block_id, block), "float32"))
             self._add_peak(graph, probe.peak)
             self._chain_half(block_id, stored_block())
-        self._release()
         self._advance(f"compare {graph}")
 
     def _run_block(
@@ -327,7 +330,7 @@ class _Comparison:
         of_stored = self._stored_logits(final_norm)
         as_stored = Worst() if of_stored else None
         chains = []
-        for run in self._runs:
+        for run in self._mode_after_mode():
             head, chain = Worst(), NextTokens()
             for step, expected in enumerate(logits[run.name]):
                 outputs = run.mode.session.head(as_array(run.hidden[step], self._dtype))
@@ -347,7 +350,6 @@ class _Comparison:
             self._add_row(names.HEAD, run, head, inherent=alone)
             chains.append(chain)
         self._add_as_stored(names.HEAD, as_stored)
-        self._release()
         self._report.rows.extend(self._weights.head(weights))
         if in_half:
             self._add_peak(names.HEAD, self._head_peak(final_norm, logits))
