@@ -23,6 +23,7 @@ import onnxruntime
 
 from glmexport import names
 from glmexport.bundle import open_bundle
+from glmexport.errors import BundleError, GlmExportError
 from glmexport.slot_cache import SlotCache
 from glmexport.thread_pool import run_alone, share_threads
 
@@ -62,6 +63,10 @@ def profile(directory: Path, *, past: int, batch: int, length: int, blocks: int,
     """Operator -> microseconds of a step of one block, the longest first. Raises BundleError where there is none."""
     bundle = open_bundle(directory)
     config, number = bundle.config, min(blocks, bundle.config.num_blocks)
+    if names.ORT not in bundle.flavors:
+        raise BundleError(f"{directory} has no graphs in ort/; split with --flavor both.")
+    if past + length > config.max_positions:
+        raise BundleError(f"{past + length} places were asked for, and the model has {config.max_positions} positions.")
     cache = SlotCache(config, batch, bundle.form.cache_dtype(names.ORT), blocks=range(number))
     cache.reserve(past + length)
     random = np.random.default_rng(0)
@@ -94,19 +99,29 @@ def profile(directory: Path, *, past: int, batch: int, length: int, blocks: int,
     return dict(sorted(totals.items(), key=lambda item: -item[1]))
 
 
+def count(text: str) -> int:
+    """A number from 1 up."""
+    if int(text) < 1:
+        raise ValueError(text)
+    return int(text)
+
+
 def main() -> None:
     """Print a table, or JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--past", type=int, default=16, help="places in the KV cache")
-    parser.add_argument("--batch", type=int, default=1, help="rows")
-    parser.add_argument("--length", type=int, default=1, help="tokens a row that are fed at once")
-    parser.add_argument("--blocks", type=int, default=6, help="that run in turn")
-    parser.add_argument("--runs", type=int, default=20)
+    parser.add_argument("--batch", type=count, default=1, help="rows")
+    parser.add_argument("--length", type=count, default=1, help="tokens a row that are fed at once")
+    parser.add_argument("--blocks", type=count, default=6, help="that run in turn")
+    parser.add_argument("--runs", type=count, default=20)
     parser.add_argument("--json", action="store_true", help="operator -> microseconds")
     options = vars(parser.parse_args())
     as_json = options.pop("json")
-    found = profile(options.pop("bundle"), **options)
+    try:
+        found = profile(options.pop("bundle"), **options)
+    except GlmExportError as error:
+        parser.error(str(error))
     if as_json:
         print(json.dumps(found, indent=1))
         return

@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from glmexport import names
+from glmexport.bundle import open_bundle
 from glmexport.errors import BundleError, GlmExportError
 from glmexport.generation import Decoder
 from glmexport.machine import BandwidthReader, read_cpu, read_memory
@@ -46,13 +47,15 @@ DECODE, PREFILL = "decode", "prefill"
 SHARE = 0.7
 """Of the memory that is available beside the graphs, which KV caches may take; portable ones are there thrice."""
 
-LEAST_RUNS, LEAST_SECONDS = 5, 2.0
+LEAST_RUNS, LEAST_SECONDS = 5, 1.0
 LONG_SECONDS = 4.0
 """A run that takes longer is measured once more, and not five times."""
 
 BANDWIDTH_SECONDS = 0.05
-"""Of each reading of the memory bandwidth, of which there is one before each run: on a computer that others use too it
-may halve within a minute, and a bound must be of the same moments as what is held to it."""
+"""Of each reading of the memory bandwidth, of which there is one between any two bursts of runs: on a computer that
+others use too it may halve within a minute, and a bound must be of the same moments as what is held to it."""
+
+BURST_SECONDS = 0.2
 
 
 @dataclass(frozen=True)
@@ -111,7 +114,7 @@ class Start:
 class BenchReport:
     """All of it. weight_bytes: of the graphs that every token goes through. left_out: what is not measured, and why.
 
-    bandwidth: bytes a second, the median of the rows'.
+    bandwidth: bytes a second, the median of the rows' and of one more reading.
     """
 
     bundle: str
@@ -137,6 +140,7 @@ class BenchReport:
 
 def bench(bundle: Path, options: BenchOptions, advance: Advance) -> BenchReport:
     """Measure. advance: takes (what, 1) before each part, `progress_total` times. Raises GlmExportError."""
+    open_bundle(bundle)  # what is wrong with it is told before another process is asked
     advance("start", 1)
     start = _start_apart(bundle, options)
     memory = read_memory()
@@ -144,6 +148,7 @@ def bench(bundle: Path, options: BenchOptions, advance: Advance) -> BenchReport:
         reader = BandwidthReader(options.threads or read_cpu().cores, memory.available)
         weights = sum(size for name, size in session.graph_sizes.items() if name != names.EMBEDDING)
         report = BenchReport(str(bundle), session.flavor, weights, start, left_out=[*_impossible(session, options)])
+        bandwidths = [reader.read(BANDWIDTH_SECONDS)]
         session.load()
         for kind, batch, past, length in _plan(session, options):
             what = f"{kind} {batch} x {past or length}"
@@ -155,12 +160,13 @@ def bench(bundle: Path, options: BenchOptions, advance: Advance) -> BenchReport:
                 report.left_out.append(f"{what} (memory is too small for its KV cache of {needed / 1e9:.1f} GB)")
                 continue
             seconds, bandwidth = _medians(_runs(session, batch, past, length), reader)
+            bandwidths.append(bandwidth)
             bound = (weights + session.kv_bytes(batch, past + length) * (kind == DECODE)) / bandwidth
             speed = batch * length / seconds
             report.rows.append(
                 BenchRow(kind, batch, past, length, seconds * 1e3, bound * 1e3, speed, bandwidth_gb_s=bandwidth / 1e9)
             )
-    report.bandwidth = statistics.median(row.bandwidth_gb_s * 1e9 for row in report.rows) if report.rows else 0.0
+    report.bandwidth = statistics.median(bandwidths)
     return report
 
 
@@ -171,21 +177,30 @@ def progress_total(options: BenchOptions) -> int:
 
 def _plan(session: Session, options: BenchOptions) -> Iterator[tuple[str, int, int, int]]:
     """(kind, batch, past, length) of every row that the model has positions for."""
-    most = session.config.max_positions
-    yield from ((PREFILL, 1, 0, length) for length in options.lengths if LEAST_PROMPT <= length < most)
+    lengths, pasts = _possible(session, options)
+    yield from ((PREFILL, 1, 0, length) for length in lengths)
     for batch in options.batches:
-        yield from ((DECODE, batch, past, 1) for past in options.pasts if past < most)
+        yield from ((DECODE, batch, past, 1) for past in pasts)
+
+
+def _possible(session: Session, options: BenchOptions) -> tuple[list[int], list[int]]:
+    """The lengths of prompts and of histories that the model has positions for."""
+    most = session.config.max_positions
+    lengths = [length for length in options.lengths if LEAST_PROMPT <= length < most]
+    return lengths, [past for past in options.pasts if past < most]
 
 
 def _impossible(session: Session, options: BenchOptions) -> Iterator[str]:
-    """What was asked for and the model has no positions for."""
-    most = session.config.max_positions
-    lengths = [str(length) for length in options.lengths if not LEAST_PROMPT <= length < most]
-    pasts = [str(past) for past in options.pasts if past >= most]
-    if lengths:
-        yield f"prompts of {', '.join(lengths)} tokens (the model takes {LEAST_PROMPT} to {most - 1})"
-    if pasts:
-        yield f"tokens after {', '.join(pasts)} (the model has {most} positions)"
+    """Sentences about the others."""
+    most, asked = session.config.max_positions, (options.lengths, options.pasts)
+    others = [
+        ", ".join(str(number) for number in wanted if number not in possible)
+        for wanted, possible in zip(asked, _possible(session, options), strict=True)
+    ]
+    if others[0]:
+        yield f"prompts of length {others[0]} (the model takes {LEAST_PROMPT} to {most - 1} tokens)"
+    if others[1]:
+        yield f"histories of length {others[1]} (the model has {most} positions)"
 
 
 def _runs(session: Session, batch: int, past: int, length: int) -> Callable[[], object]:
@@ -221,11 +236,19 @@ def filled_cache(session: Session, batch: int, length: int) -> Pasts:
 
 
 def _medians(run: Callable[[], object], reader: BandwidthReader) -> tuple[float, float]:
-    """(seconds of a run, after one that does not count; bytes a second read from memory in between)."""
-    runs, seconds = (1, 0.0) if _timed(run) > LONG_SECONDS else (LEAST_RUNS, LEAST_SECONDS)
+    """(seconds of a run, bytes a second read from memory between bursts of runs).
+
+    The first run does not count, nor the first of each burst: a reading leaves nothing in the processor's caches, and
+    threads asleep.
+    """
     times, bandwidths = list[float](), [reader.read(BANDWIDTH_SECONDS)]
-    while len(times) < runs or sum(times) < seconds:
-        times.append(_timed(run))
+    long = _timed(run) > LONG_SECONDS
+    while not times or (not long and (len(times) < LEAST_RUNS or sum(times) < LEAST_SECONDS)):
+        if not long:
+            run()
+        end = time.perf_counter() + BURST_SECONDS
+        while not times or time.perf_counter() < end:
+            times.append(_timed(run))
         bandwidths.append(reader.read(BANDWIDTH_SECONDS))
     return statistics.median(times), statistics.median(bandwidths)
 

@@ -152,7 +152,7 @@ class Form:
             "weights": self.weights,
             "dtype": self.dtype,
             "flavors": list(self.flavors),
-            "kv_cache": self.kv_cache,
+            **({"kv_cache": self.kv_cache} if names.ORT in self.flavors else {}),
         }
 
 

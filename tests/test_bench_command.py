@@ -39,7 +39,7 @@ def of(shared):
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch):
     """Every row is measured twice and the bandwidth in one go."""
-    for name, value in {"LEAST_RUNS": 1, "LEAST_SECONDS": 0.0, "BANDWIDTH_SECONDS": 0.0}.items():
+    for name, value in {"LEAST_RUNS": 1, "LEAST_SECONDS": 0.0, "BURST_SECONDS": 0.0, "BANDWIDTH_SECONDS": 0.0}.items():
         monkeypatch.setattr(bench_module, name, value)
     monkeypatch.setattr("glmexport.machine.READING_BYTES", 1 << 22)
 
@@ -162,8 +162,8 @@ def test_what_the_model_has_no_positions_for_is_left_out(of, tmp_path):
     prefill = [("prefill", 0, length) for length in (2, 16, 39)]
     assert found == [*prefill, ("decode", 16, 1), ("decode", 39, 1)]
     assert report.left_out == [
-        "prompts of 1, 40, 64 tokens (the model takes 2 to 39)",
-        "tokens after 40, 1900 (the model has 40 positions)",
+        "prompts of length 1, 40, 64 (the model takes 2 to 39 tokens)",
+        "histories of length 40, 1900 (the model has 40 positions)",
     ]
 
 
@@ -198,7 +198,15 @@ def test_progress_is_told_at_most_as_often_as_promised(of):
     [
         *(("--past", text) for text in ("a", "1,b", "-1", "0", "1.5", "9999999", "²")),
         *((("--batch", "0"), ("--prefill", "16;64"))),
-        *((("--flavor", "fast"), ("--threads", "0"), ("--serve", "--plot", "bench.png"))),
+        *(
+            (
+                ("--flavor", "fast"),
+                ("--threads", "0"),
+                ("--serve", "--plot", "bench.png"),
+                ("--serve", "--past", "16"),
+                ("--serve", "--batch", ""),
+            )
+        ),
     ],
 )
 def test_lists_that_are_none_are_refused(of, options):

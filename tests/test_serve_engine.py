@@ -367,4 +367,4 @@ def test_the_throughput_of_any_runner():
     assert all(point.speed > 0 for point in points)
     assert not runner.rows
     assert [call for call in runner.calls if call[0] == "decode"][-1] == ("decode", (0, 1, 2, 3))
-    assert in_words(points)[0].startswith("1 rows:")
+    assert in_words(points)[0].startswith("1 row  :")

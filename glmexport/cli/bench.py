@@ -6,12 +6,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
+from click.core import ParameterSource
 
 from glmexport.cli import output
 from glmexport.sizes import size_in_words
 
 if TYPE_CHECKING:
     from glmexport.bench import BenchReport
+
+
+_PARAMETERS = {"past": "pasts", "prefill": "lengths", "plot": "plot"}
 
 
 def _numbers(context: click.Context, parameter: click.Parameter, text: str) -> tuple[int, ...]:
@@ -65,8 +69,13 @@ def command(
     """
     if json_file not in (None, "-"):
         output.demand_writable(Path(str(json_file)), apart_from=bundle)
-    if serve and plot is not None:
-        raise click.UsageError("--serve prints its few figures and draws nothing; leave --plot out, or --serve.")
+    if serve:
+        source = click.get_current_context().get_parameter_source
+        useless = [name for name in ("past", "prefill", "plot") if source(_PARAMETERS[name]) != ParameterSource.DEFAULT]
+        if useless:
+            raise click.UsageError(f"--serve measures rows of --batch alone; leave --{useless[0]} out, or --serve.")
+        if not batches:
+            raise click.UsageError("--serve measures some numbers of rows, and --batch has none.")
     if serve:
         _show_throughput(bundle, batches, flavor, threads, json_file)
         return

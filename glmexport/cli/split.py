@@ -91,7 +91,8 @@ class SplitCommand(click.Command):
     type=click.Choice(DTYPES),
     default=FLOAT32,
     show_default=True,
-    help="Of the KV cache that graphs of the flavor ort write into; float16 takes half the memory.",
+    help="Of the KV cache that graphs of the flavor ort write into; float16 takes half the memory, and more time over "
+    "a long history.",
 )
 @click.option("--force", is_flag=True, help="Replace an existing bundle, or an empty directory.")
 @click.option("--resume", is_flag=True, help="Go on where a run that was stopped or killed has left off.")

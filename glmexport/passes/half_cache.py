@@ -1,4 +1,4 @@
-"""Half cache: graphs that write into their KV cache hold it as float16, and attend over it so."""
+"""Half cache: graphs that write into their KV cache hold it as float16."""
 
 from __future__ import annotations
 
@@ -10,18 +10,19 @@ import onnx
 from glmexport import names
 from glmexport.draft import BundleDraft, GraphDraft, Notice
 from glmexport.errors import BundleError
-from glmexport.form import FLOAT16
+from glmexport.form import FLOAT16, FLOAT32
 
 _CACHES = (names.KEY_CACHE, names.VALUE_CACHE, names.KEY_CACHE_OUT, names.VALUE_CACHE_OUT)
 
 
 @dataclass(frozen=True)
 class HalfCachePass:
-    """New keys, values and queries are rounded to float16, and what attention gives is float32 again.
+    """New keys and values are rounded to float16 where they are written; attention reads them as float32 again.
 
-    The operators take nothing in between: TensorScatter writes what its cache is of, and Attention's query, keys and
-    values are of one type (ONNX, opset 24). onnxruntime 1.31 computes it on a CPU by casting a head's keys and values
-    to float32 at each step: half the memory in about the same time.
+    Attention in float16 would be quicker over a long history, as no float32 copy of a block's cache is made. But it
+    holds scores in float16 (onnxruntime 1.31 on a CPU), and those of this architecture may be larger than 65504: its
+    own guard divides the query by the number of the layer, and multiplies the scores again where they are float32, for
+    which there is no place within the operator.
     """
 
     def apply(self, draft: BundleDraft, notice: Notice) -> BundleDraft:
@@ -59,12 +60,9 @@ def half_cache(model: onnx.ModelProto) -> onnx.ModelProto:
             nodes.append(_cast(node.input[1], onnx.TensorProto.FLOAT16))
             node.input[1] = nodes[-1].output[0]
         if node.op_type == "Attention":
-            nodes.append(_cast(node.input[0], onnx.TensorProto.FLOAT16))
-            node.input[0] = nodes[-1].output[0]
-            result = node.output[0]
-            node.output[0] = f"{result}.{FLOAT16}"
-            nodes += [node, _cast(node.output[0], onnx.TensorProto.FLOAT, result)]
-            continue
+            for place in (1, 2):
+                nodes.append(_cast(node.input[place], onnx.TensorProto.FLOAT))
+                node.input[place] = nodes[-1].output[0]
         nodes.append(node)
     copies = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
     del graph.node[:], graph.value_info[:]
@@ -72,6 +70,6 @@ def half_cache(model: onnx.ModelProto) -> onnx.ModelProto:
     return model
 
 
-def _cast(source: str, dtype: int, target: str = "") -> onnx.NodeProto:
-    target = target or f"{source}.{FLOAT16}"
+def _cast(source: str, dtype: int) -> onnx.NodeProto:
+    target = f"{source}.{FLOAT16 if dtype == onnx.TensorProto.FLOAT16 else FLOAT32}"
     return onnx.helper.make_node("Cast", [source], [target], name=f"Cast {source}", to=dtype)

@@ -60,7 +60,11 @@ def in_words(points: Sequence[Point]) -> list[str]:
         return []
     one = points[0].speed
     return [
-        f"{point.rows} rows: {point.speed:8.1f} tokens/s together, {point.speed / point.rows:7.1f} each, "
-        f"{point.speed / one:.2f} times {points[0].rows} row"
+        f"{_rows(point):7}: {point.speed:8.1f} tokens/s together, {point.speed / point.rows:7.1f} each, "
+        f"{point.speed / one:.2f} times {_rows(points[0])}"
         for point in points
     ]
+
+
+def _rows(point: Point) -> str:
+    return f"{point.rows} row{'s' * (point.rows > 1)}"
