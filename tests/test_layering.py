@@ -64,7 +64,7 @@ LAYERS = (
     ),
     (
         *("api", "bench", "conversation", "evaluation", "mnn_llm.check", "mnn_llm.inputs", "mnn_llm.position_probe"),
-        *("passes.choose_bits", "serve.rows", "verify.expected"),
+        *("passes.choose_bits", "serve.rows", "verify.expected", "verify.twins"),
     ),
     (*("convert.mnn", "mnn_llm.package", "serve.row", "serve.throughput", "verify.check"),),
     (*("serve.engine", "serve.logprobs", "verify"),),

@@ -33,6 +33,7 @@ from glmexport.patches import _in_place
 from glmexport.patches._modules import replace_modules
 from glmexport.patches.chatglm_6b import CHATGLM_6B
 from glmexport.verify import Report, progress_total, verify
+from glmexport.verify.twins import Twins
 
 CASES = ("shortest", "short", "long", "infill", "batch", "last positions")
 IN_ORT = {f"{case}, ort" for case in CASES}
@@ -241,6 +242,23 @@ def test_a_changed_graph_fails_in_its_numbers(check, copy, name):
 def test_a_changed_graph_that_gives_the_same_numbers_fails_in_its_structure(check, copy, name):
     edit(copy, "glm_block_1", ALIKE[name])
     assert {(row.graph, row.case) for row in check(copy).failures} == {("glm_block_1", "structure")}
+
+
+@pytest.mark.parametrize("change", [sine_for_cosine, causal, values_as_keys])
+def test_a_changed_graph_of_coarse_weights_fails_beside_its_twin(check, of, tmp_path, change):
+    """What 20 % of a budget for 4 bits would hide."""
+    derived(of("both"), tmp_path / "made", quantize_pass(4, "channel"))
+    good = [row for row in check(tmp_path / "made").rows if row.case == "flavors"]
+    assert [(row.graph, row.passed) for row in good] == [("glm_block_0", True), ("glm_block_1", True)]
+    assert all(0 < row.relative_error < 1e-3 for row in good)
+    edit(tmp_path / "made", "glm_block_1", change)
+    report = check(tmp_path / "made")
+    assert "flavors" in failed(report, "glm_block_1")
+    assert "flavors" not in failed(report, "glm_block_0")
+
+
+def test_flavors_that_were_never_given_the_same_inputs_do_not_pass():
+    assert not Twins("glm_block_0", "float32").row().passed
 
 
 def test_the_first_place_instead_of_the_last_fails(check, copy):

@@ -33,6 +33,7 @@ from glmexport.verify.runs import BlockInputs, BlockOutputs, as_array, feeds
 from glmexport.verify.stored_weights import StoredWeights
 from glmexport.verify.structure import check_structure
 from glmexport.verify.tolerances import FORMS, HALF_SLACK, INHERENT_SLACK, TOLERANCES
+from glmexport.verify.twins import Twins
 from glmexport.vocabulary import VocabularyMap
 
 DEFAULT_STEPS = 4
@@ -40,7 +41,7 @@ DEFAULT_STEPS = 4
 
 Advance = Callable[[str], None]
 Array = npt.NDArray[Any]
-OneMore = Callable[[int, BlockInputs, tuple[Array, Array]], None]
+OneMore = Callable[[BlockInputs, tuple[Array, Array]], None]
 
 
 def ignore_advance(what: str) -> None:
@@ -229,17 +230,23 @@ class _Comparison:
 
         probe = OverflowProbe(self._bundle, graph) if self._stress else None
         as_stored = Worst() if self._forms[graph] != "float32" and any(mode.exact for mode in self._modes) else None
+        flavors = len({mode.flavor for mode in self._modes})
+        twins = Twins(graph, self._bundle.form.kv_cache) if self._forms[graph] != "float32" and flavors > 1 else None
         for run in self._mode_after_mode():
-            held = as_stored if run.mode.exact else None
-            worst, seen = self._run_block(
-                block_id, block, run, partial(self._hold, held, stored_block) if held else None
-            )
+            also: OneMore | None = None
+            if as_stored is not None and run.mode.exact:
+                also = partial(self._hold, as_stored, stored_block, block_id)
+            elif twins is not None:
+                also = partial(twins.take, run)
+            worst, seen = self._run_block(block_id, block, run, also)
             inherent = partial(self._inherent, block_id, stored_block, seen, self._computed_in(run.mode))
             self._add_row(graph, run, worst, inherent=inherent if trusted else None)
             if probe is not None:
                 probe.run(feeds(seen[0][0], "float32"))
                 probe.run(feeds(seen[-1][0], "float32"))
         self._add_as_stored(graph, as_stored)
+        if twins is not None:
+            self._report.rows.append(twins.row())
         self._report.rows.extend(stored)
         if self._stress is not None and probe is not None:
             probe.run(feeds(self._stress.through(block_id, block), "float32"))
@@ -264,7 +271,7 @@ class _Comparison:
             worst.add(found[0][told], expected[0].numpy()[told], self._dtype)
             worst.add(found[1], expected[1].numpy(), self._dtype)
             if also is not None:
-                also(block_id, inputs, found)
+                also(inputs, found)
             seen.append((inputs, expected))
             run.hidden[step], past = expected[0], expected[1].contiguous()
         return worst, seen
