@@ -317,7 +317,7 @@ class _Comparison:
         return error.norm
 
     def _computed_in(self, mode: Mode) -> str:
-        """The coarsest dtype that a mode's blocks compute in."""
+        """The coarsest dtype that a mode's blocks hold numbers in."""
         return FLOAT16 if mode.block_form == FLOAT16 else self._dtype
 
     def _chain_half(self, block_id: int, block: torch.nn.Module) -> None:
