@@ -45,8 +45,8 @@ def opened(paths: Sequence[Path], folder: Path) -> list[onnxruntime.InferenceSes
     return sessions
 
 
-def bound(session: onnxruntime.InferenceSession, feeds: dict[str, np.ndarray]) -> Any:
-    """A binding of one block to its inputs; the caches come out where they go in. The caller keeps the arrays."""
+def bound(session: onnxruntime.InferenceSession, feeds: dict[str, np.ndarray]) -> tuple[Any, dict[str, np.ndarray]]:
+    """A binding of one block, whose caches come out where they go in; and its outputs, which the caller keeps."""
     binding = session.io_binding()
     outputs = {
         names.HIDDEN_STATES: np.empty_like(feeds[names.INPUTS_EMBEDS]),

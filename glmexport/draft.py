@@ -66,6 +66,11 @@ class GraphDraft:
         models = {flavor: _then(make, change) for flavor, make in self.models.items()}
         return dataclasses.replace(self, **{"models": models, "graph_links": {}, "data_link": None, **changes})
 
+    def with_model(self, flavor: str, make: MakeModel) -> GraphDraft:
+        """A draft with another graph in one flavor; its data stays."""
+        links = {other: link for other, link in self.graph_links.items() if other != flavor}
+        return dataclasses.replace(self, models={**self.models, flavor: make}, graph_links=links)
+
     def graph_bytes(self) -> int:
         """Size of the graph files, but for some digits of their offsets; makes the graphs."""
         places = [

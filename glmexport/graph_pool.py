@@ -104,7 +104,7 @@ class GraphPool:
         for name in kept:
             self.get(name)
             advance(name, self.sizes[name])
-        # onnxruntime has packed these and reads the file no more, but keeps scales mapped: a sixth of int4's bytes
+        # onnxruntime has packed these and reads the file no more, but keeps scales mapped: a fifth of int4 by 32
         entries = (self._bundle.graph(name, self._flavor) for name in self.placement.resident)
         drop_mapped_pages(self._bundle.path(entry["data"]) for entry in entries if entry["matrices"])
 

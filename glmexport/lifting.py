@@ -23,7 +23,6 @@ def lifted(draft: BundleDraft, opset: int) -> BundleDraft:
         if names.PORTABLE not in graph.models:
             return graph
         made = model_of_part(patch, draft.config, parts[graph.name], draft.argmax, opset, draft.form.dtype)
-        links = {flavor: link for flavor, link in graph.graph_links.items() if flavor != names.PORTABLE}
-        return dataclasses.replace(graph, models={**graph.models, names.PORTABLE: made}, graph_links=links)
+        return graph.with_model(names.PORTABLE, made)
 
     return dataclasses.replace(draft, graphs=tuple(map(lift, draft.graphs)), facts={**draft.facts, "opset": opset})

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -141,6 +142,23 @@ def test_a_bundle_for_mnn_is_measured(of, tmp_path):
     assert done.status == 0, done.stderr
     assert_plausible(json.loads(done.stdout), [("prefill", 1, 0, 16), ("decode", 1, 16, 1), ("decode", 2, 16, 1)])
     assert_one_sentence(glmexport("bench", tmp_path / "mnn", *FEW, "--flavor", "ort", "-q"), "none of 'ort'")
+
+
+def test_quick_runs_are_many_between_two_readings(monkeypatch):
+    """A reading takes as long as thousands of them, and empties the processor's caches."""
+    monkeypatch.setattr(bench_module, "LEAST_SECONDS", 0.02)
+    monkeypatch.setattr(bench_module, "BURST_SECONDS", 0.01)
+    done = Counter()
+
+    class Reader:
+        def read(self, seconds: float) -> float:
+            done["readings"] += 1
+            return 1e9
+
+    seconds, bandwidth = bench_module._medians(lambda: done.update(runs=1), Reader())
+    assert 0 < seconds < 0.01
+    assert bandwidth == 1e9
+    assert done["runs"] > 10 * done["readings"]
 
 
 def test_a_step_is_profiled_by_operator(of):

@@ -43,9 +43,7 @@ class HalfCachePass:
 
 def _with_half_cache(graph: GraphDraft) -> GraphDraft:
     make = graph.models[names.ORT]
-    models = {**graph.models, names.ORT: lambda: half_cache(make())}
-    links = {flavor: link for flavor, link in graph.graph_links.items() if flavor != names.ORT}
-    return dataclasses.replace(graph, models=models, graph_links=links)
+    return graph.with_model(names.ORT, lambda: half_cache(make()))
 
 
 def half_cache(model: onnx.ModelProto) -> onnx.ModelProto:
