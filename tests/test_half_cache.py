@@ -213,8 +213,8 @@ def test_scores_beyond_float16_are_computed(half, reference):
         mixed = block.attention.query_key_value(block.input_layernorm(states))
     queries = mixed.reshape(config.num_heads, 3, config.head_dim)[:, 0].numpy() / config.head_dim**0.5
     keys = np.sign(queries) * np.float32(6e4)
-    assert (queries * keys).sum(-1).max() > 65504
-    inputs["key_cache"][:] = keys[:, None] * np.linspace(0.5, 1, 64, dtype=np.float32)[:, None]
+    assert 0.95 * (queries * keys).sum(-1).max() > 65520
+    inputs["key_cache"][:] = keys[:, None] * np.linspace(0.95, 1, 64, dtype=np.float32)[:, None]
     for cache in ("key_cache", "value_cache"):
         inputs[cache] = inputs[cache].astype(np.float16)
     rows = expected_of(reference, 0, {key: as_float(array) for key, array in inputs.items()})
